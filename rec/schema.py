@@ -1,0 +1,198 @@
+"""What a data set is: its columns, the tables they feed, its tasks. Described once, in `conf/data/<name>.yaml`.
+
+Everything downstream (reader, features, embeddings, towers, losses, metrics) is built from a `DataConfig`, so adding a
+column or a task is a change of YAML. This module imports neither torch nor Arrow.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run: the message names the key, its value, what was expected and the fix."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Words that send a misspelt `name` to the nearest of the `valid` names.
+
+    >>> nearest("listng", ["query", "listing", "user"])
+    "did you mean 'listing'? valid: listing, query, user"
+    """
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}valid: {', '.join(names) or 'none'}"
+
+
+def check_range(where: str, value: float | None, low: float, high: float) -> None:
+    """Raise `ConfigError` unless `value` is None or `low <= value <= high`."""
+    if value is not None and not low <= value <= high:
+        raise ConfigError(f"{where} is {value}, expected a value from {low} to {high}")
+
+
+class FeatureKind(Enum):
+    """What one input column holds, row by row."""
+
+    id = "id"  # one id
+    bag = "bag"  # a list of ids, in no order
+    sequence = "sequence"  # a list of ids, newest last
+    dense = "dense"  # one float
+    vector = "vector"  # a list of `size` floats (a text embedding)
+
+
+SPARSE_KINDS = (FeatureKind.id, FeatureKind.bag, FeatureKind.sequence)
+
+
+class Transform(Enum):
+    """What is done to a dense value before the network sees it."""
+
+    none = "none"
+    log1p = "log1p"  # sign(x) * log(1 + |x|)
+
+
+@dataclass
+class FeatureConfig:
+    """One input column."""
+
+    kind: FeatureKind = MISSING
+    column: str | None = None  # column in the files; default: the feature's name
+    table: str | None = None  # sparse kinds: the table it reads; default: the feature's name
+    hashed: bool = False  # sparse kinds: hash every id into the table (strings need it); else ids are rows of the table
+    dropout: float = 0.0  # sparse kinds, 0 to 1: share of training rows that lose this feature's ids
+    max_length: int | None = None  # bag, sequence: ids kept a row (the newest, which are the last)
+    size: int = 1  # vector: floats a row
+    transform: Transform = Transform.none  # dense, vector
+
+    def __post_init__(self) -> None:
+        check_range("a feature's dropout", self.dropout, 0, 1)
+        check_range("a feature's max_length", self.max_length, 1, 1_000_000)
+        check_range("a feature's size", self.size, 1, 1_000_000)
+
+
+class Pooling(Enum):
+    """How the embeddings of a row's ids become one vector. A property of the table, as in TorchRec."""
+
+    mean = "mean"
+    sum = "sum"
+
+
+class ShardingType(Enum):
+    """Where a table's shards may live; `auto` leaves it to the planner."""
+
+    auto = "auto"
+    row_wise = "row_wise"
+    table_wise = "table_wise"
+    column_wise = "column_wise"
+    table_row_wise = "table_row_wise"
+    grid_shard = "grid_shard"
+
+
+@dataclass
+class TableConfig:
+    """One embedding table, which several features may share."""
+
+    num_embeddings: int = MISSING  # rows
+    embedding_dim: int = 32  # columns, a multiple of 4
+    pooling: Pooling = Pooling.mean
+    sharding: ShardingType | None = None  # default: `sharding.default`
+    init_range: float | None = None  # weights start uniform in +-init_range; default: embeddings.init_range
+
+    def __post_init__(self) -> None:
+        check_range("a table's num_embeddings", self.num_embeddings, 1, 2**40)
+        if self.embedding_dim < 4 or self.embedding_dim % 4:
+            raise ConfigError(f"a table's embedding_dim is {self.embedding_dim}, expected a positive multiple of 4")
+
+
+class TaskKind(Enum):
+    """What a task predicts."""
+
+    binary = "binary"  # a probability; labels in [0, 1]
+    regression = "regression"  # a real number
+
+
+@dataclass
+class TaskConfig:
+    """One thing to predict."""
+
+    label: str = MISSING  # column in the files
+    kind: TaskKind = TaskKind.binary
+    condition: str | None = None  # another task: only rows where its label is positive count (purchase given click)
+    loss_weight: float = 1.0  # >= 0
+    weight: str | None = None  # column with a weight a row for this task, >= 0
+    truth: str | None = None  # column with the true probability, where a simulator knows it; only ever evaluated
+    label_transform: Transform = Transform.none  # regression
+
+    def __post_init__(self) -> None:
+        check_range("a task's loss_weight", self.loss_weight, 0, 1e9)
+
+
+@dataclass
+class DomainConfig:
+    """The business surface a row was shown on: ad placement, tab, platform."""
+
+    column: str = MISSING  # integers 0 to len(names) - 1, or strings among `names`
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DataConfig:
+    """One data set: where it lies, how it is split, what its columns mean."""
+
+    name: str = MISSING
+    path: str = MISSING  # folder, or URI of one that Arrow's filesystems can open
+    splits: dict[str, str] = field(default_factory=dict)  # split name -> glob or folder below `path`
+    features: dict[str, FeatureConfig] = field(default_factory=dict)
+    tables: dict[str, TableConfig] = field(default_factory=dict)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    domain: DomainConfig | None = None
+    group: str | None = None  # column of the group for group AUC (the query, the user): integers or strings
+    weight: str | None = None  # column with a weight a row for all tasks, >= 0
+
+    def __post_init__(self) -> None:
+        if not self.features or not self.tasks:
+            raise ConfigError(f"data set '{self.name}' has {len(self.features)} features and {len(self.tasks)} tasks: describe at least one of each")
+        for name, feature in self.features.items():
+            if feature.kind in SPARSE_KINDS:
+                table = self.table_of(name)
+                if table not in self.tables:
+                    raise ConfigError(f"data.features.{name} reads table '{table}', which data.tables lacks: {nearest(table, self.tables)}")
+            elif feature.table or feature.hashed or feature.dropout:
+                raise ConfigError(f"data.features.{name} is {feature.kind.name}: table, hashed and dropout belong to id, bag and sequence")
+        for name, task in self.tasks.items():
+            if task.condition is not None and (task.condition not in self.tasks or task.condition == name):
+                raise ConfigError(f"data.tasks.{name}.condition is '{task.condition}', expected another task: {nearest(task.condition, set(self.tasks) - {name})}")
+        unread = set(self.tables) - {self.table_of(n) for n in self.sparse_features}
+        if unread:
+            raise ConfigError(f"data.tables {sorted(unread)}: no feature reads them; remove them or name them in a feature's table")
+
+    @property
+    def sparse_features(self) -> dict[str, FeatureConfig]:
+        """Features that read tables, in the order of the configuration."""
+        return {n: f for n, f in self.features.items() if f.kind in SPARSE_KINDS}
+
+    @property
+    def dense_features(self) -> dict[str, FeatureConfig]:
+        """Features that are floats, in the order of the configuration."""
+        return {n: f for n, f in self.features.items() if f.kind not in SPARSE_KINDS}
+
+    @property
+    def num_dense(self) -> int:
+        """Width of the dense input [B, F]: one a dense column, `size` a vector."""
+        return sum(f.size if f.kind is FeatureKind.vector else 1 for f in self.dense_features.values())
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains; one, `all`, where the data set has none."""
+        return self.domain.names if self.domain else ["all"]
+
+    def table_of(self, feature: str) -> str:
+        """Name of the table that `feature` reads."""
+        return self.features[feature].table or feature
+
+    def column_of(self, feature: str) -> str:
+        """Name of the column that `feature` is read from."""
+        return self.features[feature].column or feature
