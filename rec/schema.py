@@ -62,6 +62,7 @@ class FeatureConfig:
     column: str | None = None  # column in the files; default: the feature's name
     table: str | None = None  # sparse kinds: the table it reads; default: the feature's name
     hashed: bool = False  # sparse kinds: hash every id into the table (strings need it); else ids are rows of the table
+    allow_null: bool = False  # a null is no id (sparse) or 0 (dense), counted; else it is an error
     dropout: float = 0.0  # sparse kinds, 0 to 1: share of training rows that lose this feature's ids
     max_length: int | None = None  # bag, sequence: ids kept a row (the newest, which are the last)
     size: int = 1  # vector: floats a row
@@ -123,6 +124,7 @@ class TaskConfig:
     condition: str | None = None  # another task: only rows where its label is positive count (purchase given click)
     loss_weight: float = 1.0  # >= 0
     weight: str | None = None  # column with a weight a row for this task, >= 0
+    allow_null: bool = False  # rows with a null label do not count for this task (counted); else it is an error
     truth: str | None = None  # column with the true probability, where a simulator knows it; only ever evaluated
     label_transform: Transform = Transform.none  # regression
 

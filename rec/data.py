@@ -1,0 +1,299 @@
+"""Parquet impressions become batches, in an order that depends on the seed and the step and never on the number of ranks.
+
+The rows of a split form one stream: its row groups one after another, permuted by seed and epoch when shuffling. The stream
+is cut into blocks of about `shuffle_rows` rows, a whole number of steps each. A block of S steps and G rows a step is cut into
+G lanes of S neighbouring rows, and every step takes one row from each lane. A rank serves a contiguous share of the lanes, so
+
+- the rows of a step are the same for any number of ranks, and so is their order over the ranks;
+- a rank reads a contiguous piece of each block and nothing else: row groups are decoded once, but for those that straddle
+  two ranks' pieces;
+- a step is a sample of the whole block, one row from each neighbourhood, whatever the order of the files;
+- a position in training is the step number; going on there, with any number of ranks, needs no state.
+"""
+
+import fnmatch
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from rec.features import Batch, DataError, Encoder
+from rec.schema import ConfigError, DataConfig, check_range, nearest
+
+
+@dataclass
+class ReaderConfig:
+    """How a split is read."""
+
+    global_batch_size: int = 4096  # rows a step over all ranks
+    shuffle_rows: int = 262_144  # rows a step is drawn from; memory over all ranks grows with it
+    shuffle: bool = True  # training: permute row groups and rows; false keeps the order of the files exactly
+    prefetch_batches: int = 4  # batches made ahead by a background thread; 0 makes them in the training thread
+
+    def __post_init__(self) -> None:
+        check_range("reader.global_batch_size", self.global_batch_size, 1, 2**31)
+        check_range("reader.shuffle_rows", self.shuffle_rows, 1, 2**40)
+        check_range("reader.prefetch_batches", self.prefetch_batches, 0, 1000)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Where one row group lies and how many rows it holds."""
+
+    file: str
+    index: int
+    num_rows: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row group {self.index}"
+
+
+class Split:
+    """The Parquet files of one split of a data set.
+
+    Args:
+        data: description of the data set.
+        name: one of `data.splits`.
+
+    Raises:
+        ConfigError: no such split.
+        DataError: no files, or a file that cannot be read.
+    """
+
+    def __init__(self, data: DataConfig, name: str) -> None:
+        if name not in data.splits:
+            raise ConfigError(f"data set '{data.name}' has no split '{name}': {nearest(name, data.splits)}")
+        self.name = name
+        self.filesystem, root = _open(data.path)
+        self._parquet = lru_cache(maxsize=64)(self._open_file)  # open files
+        self.files = _files(self.filesystem, root, data.splits[name])
+        if not self.files:
+            raise DataError(
+                f"no Parquet files in split '{name}' ({data.splits[name]}) of data.path={data.path}; make the data set first "
+                f"(the comment on top of conf/data/{data.name}.yaml says how) or set data.path"
+            )
+        self.row_groups: list[RowGroup] = []
+        for file in self.files:
+            metadata = self._parquet(file).metadata
+            self.row_groups += [RowGroup(file, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)]
+        self.num_rows = sum(group.num_rows for group in self.row_groups)
+
+    def check_schema(self, encoder: Encoder) -> None:
+        """Raise one `DataError` that lists everything wrong with the columns of any file."""
+        findings = []
+        for file in self.files:
+            findings += encoder.check_schema(self._parquet(file).schema_arrow, file)
+        if findings:
+            raise DataError("the files do not fit the configuration:\n  " + "\n  ".join(findings))
+
+    def read(self, group: RowGroup, columns: list[str]) -> pa.Table:
+        """Decode `columns` of one row group."""
+        try:
+            return self._parquet(group.file).read_row_group(group.index, columns=columns, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{group}: cannot be decoded ({error}); the file is damaged or truncated, write it again") from error
+
+    def _open_file(self, file: str) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(file, filesystem=self.filesystem)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: not a readable Parquet file ({error}); write it again or remove it") from error
+
+
+def _open(path: str) -> tuple[fs.FileSystem, str]:
+    if "://" in path:
+        filesystem, root = fs.FileSystem.from_uri(path)
+        return filesystem, root
+    return fs.LocalFileSystem(), path
+
+
+def _files(filesystem: fs.FileSystem, root: str, pattern: str) -> list[str]:
+    """Files below `root` that a folder name or a glob names, sorted, so that every rank agrees."""
+    base = root.rstrip("/") + "/" + pattern if pattern else root.rstrip("/")
+    folder, glob = base, "*.parquet"
+    if any(c in pattern for c in "*?["):
+        fixed = []
+        for part in base.split("/"):
+            if any(c in part for c in "*?["):
+                break
+            fixed.append(part)
+        folder, glob = "/".join(fixed), base
+    elif filesystem.get_file_info(base).type == fs.FileType.File:
+        return [base]
+    infos = filesystem.get_file_info(fs.FileSelector(folder or "/", recursive=True, allow_not_found=True))
+    paths = [info.path for info in infos if info.type == fs.FileType.File and not info.base_name.startswith(("_", "."))]
+    return sorted(path for path in paths if fnmatch.fnmatch(path, glob))
+
+
+@dataclass(frozen=True)
+class Block:
+    """`num_steps` steps' rows: `[start, stop)` of the stream of epoch `epoch`, `index` counted from the epoch's first."""
+
+    epoch: int
+    index: int
+    start: int
+    stop: int
+    num_steps: int
+
+
+class Reader:
+    """One rank's batches of one split.
+
+    Every rank gets `local_batch_size` rows in every step, the last of which are padding where the rank has fewer.
+
+    Args:
+        data: description of the data set.
+        config: how to read.
+        split: one of `data.splits`.
+        seed: what the order of rows and the dropped ids are drawn from.
+        rank: this rank, 0 to `world_size` - 1.
+        world_size: number of ranks.
+        training: shuffle as configured and drop ids; else file order and nothing dropped.
+        truth: also read the tasks' true probabilities.
+
+    Raises:
+        ConfigError: no such split.
+        DataError: no files, no rows, unreadable files, or columns that do not fit the configuration.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        config: ReaderConfig,
+        *,
+        split: str,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        training: bool = True,
+        truth: bool = False,
+    ) -> None:
+        self.config = config
+        self.seed = seed
+        self.training = training
+        self.encoder = Encoder(data, truth=truth)
+        self.split = Split(data, split)
+        self.split.check_schema(self.encoder)
+        if self.split.num_rows == 0:
+            raise DataError(f"split '{split}' of data.path={data.path} has {len(self.split.files)} files and no rows")
+        size = config.global_batch_size
+        self.num_rows = self.split.num_rows
+        self.steps_per_epoch = -(-self.num_rows // size)
+        self.local_batch_size = -(-size // world_size)
+        self.lanes = (rank * size // world_size, (rank + 1) * size // world_size)
+        in_order = training and not config.shuffle
+        self.steps_per_block = 1 if in_order else max(1, round(config.shuffle_rows / size))
+        self._decoded = lru_cache(maxsize=2)(self._decode)
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Batches of steps `start` to `stop`, counted over epochs from 0; by default to the end of `start`'s epoch."""
+        if stop is None:
+            stop = (start // self.steps_per_epoch + 1) * self.steps_per_epoch
+        batches = self._batches(start, stop)
+        return _prefetch(batches, self.config.prefetch_batches) if self.config.prefetch_batches else batches
+
+    def _batches(self, start: int, stop: int) -> Iterator[Batch]:
+        step = start
+        while step < stop:
+            block, offset = self._block_of(step)
+            rows, lanes, counts = self._load(block)
+            first = np.concatenate([[0], np.cumsum(counts)])
+            for i in range(offset, min(block.num_steps, offset + stop - step)):
+                yield self._batch(step, rows.slice(first[i], counts[i]), lanes[first[i] : first[i + 1]])
+                step += 1
+
+    def _batch(self, step: int, rows: pa.Table, lanes: np.ndarray) -> Batch:
+        dropped = {}
+        if self.training and self.encoder.dropout:
+            # drawn for all G lanes on every rank, so that a row's fate does not depend on who serves it
+            draws = self._rng(2, step).random((len(self.encoder.dropout), self.config.global_batch_size), np.float32)
+            for draw, (name, share) in zip(draws, self.encoder.dropout.items(), strict=True):
+                dropped[name] = draw[lanes] < share
+        return self.encoder.collate(rows, self.local_batch_size, dropped)
+
+    def _block_of(self, step: int) -> tuple[Block, int]:
+        """The block that holds `step`, and the step's place in it."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        index, offset = divmod(step, self.steps_per_block)
+        block_rows = self.steps_per_block * self.config.global_batch_size
+        start, stop = index * block_rows, min((index + 1) * block_rows, self.num_rows)
+        num_steps = -(-(stop - start) // self.config.global_batch_size)
+        return Block(epoch, index, start, stop, num_steps), offset
+
+    def _load(self, block: Block) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+        """This rank's rows of a block in the order of the steps, the lane of each, and the number of them a step."""
+        num_lanes, num_rows = self.config.global_batch_size, block.stop - block.start
+        bounds = np.arange(self.lanes[0], self.lanes[1] + 1) * num_rows // num_lanes  # where each lane begins in the block
+        rows = self._read_range(block.epoch, block.start + int(bounds[0]), block.start + int(bounds[-1]))
+        lanes = np.repeat(np.arange(*self.lanes), np.diff(bounds))
+        turn = np.arange(bounds[0], bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))  # step of the block that takes the row
+        if self.training and self.config.shuffle:
+            keys = self._rng(1, block.epoch, block.index).random(num_rows, np.float32)[bounds[0] : bounds[-1]]
+            rows = rows.take(pa.array(np.lexsort((keys, lanes))))  # lanes stay in place, the rows of each are permuted
+        order = np.lexsort((lanes, turn))
+        counts = np.bincount(turn, minlength=block.num_steps)
+        return rows.take(pa.array(order)).combine_chunks(), lanes[order], counts
+
+    def _read_range(self, epoch: int, start: int, stop: int) -> pa.Table:
+        """Rows `[start, stop)` of the stream of an epoch."""
+        groups, ends = self._stream(epoch)
+        pieces = []
+        for i in range(np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop, "left") + 1):
+            begin = ends[i] - groups[i].num_rows
+            low, high = max(start, begin), min(stop, ends[i])
+            if low < high:
+                pieces.append(self._decoded(groups[i]).slice(low - begin, high - low))
+        return pa.concat_tables(pieces) if pieces else self._decoded(groups[0]).slice(0, 0)
+
+    def _stream(self, epoch: int) -> tuple[list[RowGroup], np.ndarray]:
+        """The row groups in the order of an epoch, and where each ends in the stream."""
+        groups = self.split.row_groups
+        if self.training and self.config.shuffle:
+            groups = [groups[i] for i in self._rng(0, epoch).permutation(len(groups))]
+        return groups, np.cumsum([group.num_rows for group in groups])
+
+    def _decode(self, group: RowGroup) -> pa.Table:
+        return self.encoder.encode(self.split.read(group, self.encoder.columns), str(group))
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *key])
+
+
+def _prefetch(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """The same batches, made up to `depth` ahead by a thread; its exceptions are raised here."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: object) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put(batch)
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # to be raised where the batches are used
+            put(error)
+
+    thread = threading.Thread(target=work, name="reader", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
