@@ -64,6 +64,7 @@ class Split:
     Raises:
         ConfigError: no such split.
         DataError: no files, or a file that cannot be read.
+
     """
 
     def __init__(self, data: DataConfig, name: str) -> None:
@@ -81,7 +82,9 @@ class Split:
         self.row_groups: list[RowGroup] = []
         for file in self.files:
             metadata = self._parquet(file).metadata
-            self.row_groups += [RowGroup(file, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)]
+            self.row_groups += [
+                RowGroup(file, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)
+            ]
         self.num_rows = sum(group.num_rows for group in self.row_groups)
 
     def check_schema(self, encoder: Encoder) -> None:
@@ -97,7 +100,9 @@ class Split:
         try:
             return self._parquet(group.file).read_row_group(group.index, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{group}: cannot be decoded ({error}); the file is damaged or truncated, write it again") from error
+            raise DataError(
+                f"{group}: cannot be decoded ({error}); the file is damaged or truncated, write it again"
+            ) from error
 
     def _open_file(self, file: str) -> pq.ParquetFile:
         try:
@@ -160,6 +165,7 @@ class Reader:
     Raises:
         ConfigError: no such split.
         DataError: no files, no rows, unreadable files, or columns that do not fit the configuration.
+
     """
 
     def __init__(
@@ -229,10 +235,14 @@ class Reader:
     def _load(self, block: Block) -> tuple[pa.Table, np.ndarray, np.ndarray]:
         """This rank's rows of a block in the order of the steps, the lane of each, and the number of them a step."""
         num_lanes, num_rows = self.config.global_batch_size, block.stop - block.start
-        bounds = np.arange(self.lanes[0], self.lanes[1] + 1) * num_rows // num_lanes  # where each lane begins in the block
+        bounds = (
+            np.arange(self.lanes[0], self.lanes[1] + 1) * num_rows // num_lanes
+        )  # where each lane begins in the block
         rows = self._read_range(block.epoch, block.start + int(bounds[0]), block.start + int(bounds[-1]))
         lanes = np.repeat(np.arange(*self.lanes), np.diff(bounds))
-        turn = np.arange(bounds[0], bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))  # step of the block that takes the row
+        turn = np.arange(bounds[0], bounds[-1]) - np.repeat(
+            bounds[:-1], np.diff(bounds)
+        )  # step of the block that takes the row
         if self.training and self.config.shuffle:
             keys = self._rng(1, block.epoch, block.index).random(num_rows, np.float32)[bounds[0] : bounds[-1]]
             rows = rows.take(pa.array(np.lexsort((keys, lanes))))  # lanes stay in place, the rows of each are permuted

@@ -8,6 +8,7 @@ rows into a `Batch`. Errors are raised by `encode`, which still knows the file a
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +41,7 @@ class Batch(Pipelineable):
         group_id: [B] int64.
         truth: [B, T] float32, true probabilities where a simulator knows them, else NaN; None if no task has them.
         num_rows: rows that are not padding, 0 to B.
+
     """
 
     sparse_features: KeyedJaggedTensor
@@ -53,7 +55,7 @@ class Batch(Pipelineable):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """The same batch on another device."""
-        moved = {}
+        moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             movable = isinstance(value, Tensor | KeyedJaggedTensor)
@@ -69,7 +71,7 @@ class Batch(Pipelineable):
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which copies to a GPU are asynchronous."""
-        pinned = {}
+        pinned: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             pinned[field.name] = value.pin_memory() if isinstance(value, Tensor | KeyedJaggedTensor) else value
@@ -121,7 +123,12 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)
+    return (
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+    )
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -138,6 +145,7 @@ class Encoder:
     Args:
         data: description of the data set.
         truth: also read the tasks' true probabilities.
+
     """
 
     def __init__(self, data: DataConfig, *, truth: bool = False) -> None:
@@ -180,9 +188,12 @@ class Encoder:
 
         Raises:
             DataError: naming `where`, the column, the value and the remedy.
+
         """
         table = table.combine_chunks()
-        columns = {name: self._sparse(table, name, feature, where) for name, feature in self.data.sparse_features.items()}
+        columns = {
+            name: self._sparse(table, name, feature, where) for name, feature in self.data.sparse_features.items()
+        }
         columns["/dense"] = _stack(self._dense(table, where), table.num_rows)
         labels, weights = self._labels(table, where)
         columns["/labels"], columns["/weights"] = _stack(labels, table.num_rows), _stack(weights, table.num_rows)
@@ -190,7 +201,9 @@ class Encoder:
         columns["/group"] = self._group(table)
         if self.truth:
             none = np.full(table.num_rows, np.nan, np.float32)
-            truths = [self._floats(table, task.truth, where) if task.truth else none for task in self.data.tasks.values()]
+            truths = [
+                self._floats(table, task.truth, where) if task.truth else none for task in self.data.tasks.values()
+            ]
             columns["/truth"] = _stack(truths, table.num_rows)
         return pa.table(columns)
 
@@ -201,6 +214,7 @@ class Encoder:
             rows: canonical rows, at most `size`.
             size: B.
             dropped: feature -> [len(rows)] bool, rows that lose their ids of that feature.
+
         """
         lengths = np.zeros((len(self.keys), size), np.int32)
         values = []
@@ -293,7 +307,9 @@ class Encoder:
         lengths = np.unique(np.asarray(pc.list_value_length(array)))
         if lengths.size and lengths.tolist() != [size]:
             wrong = next(n for n in lengths.tolist() if n != size)
-            raise DataError(f"{where}: column '{column}' holds a vector of {wrong} floats, expected {size} (data.features.{name}.size)")
+            raise DataError(
+                f"{where}: column '{column}' holds a vector of {wrong} floats, expected {size} (data.features.{name}.size)"
+            )
         return array.flatten()
 
     def _labels(self, table: pa.Table, where: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -343,7 +359,9 @@ class Encoder:
         finite = np.isfinite(values)
         if not finite.all():
             row = int(np.flatnonzero(~finite)[0])
-            raise DataError(f"{where}: column '{column}' holds {values[row]} at position {row}, expected finite float32 values")
+            raise DataError(
+                f"{where}: column '{column}' holds {values[row]} at position {row}, expected finite float32 values"
+            )
         return values
 
     def _domain(self, table: pa.Table, where: str) -> pa.Array:
@@ -457,5 +475,3 @@ def _vector(column: pa.ChunkedArray, size: int) -> Tensor:
     if column.length():
         out[: column.length()] = _chunk(column).to_numpy()
     return torch.from_numpy(out)
-
-

@@ -156,20 +156,30 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.features or not self.tasks:
-            raise ConfigError(f"data set '{self.name}' has {len(self.features)} features and {len(self.tasks)} tasks: describe at least one of each")
+            raise ConfigError(
+                f"data set '{self.name}' has {len(self.features)} features and {len(self.tasks)} tasks: describe at least one of each"
+            )
         for name, feature in self.features.items():
             if feature.kind in SPARSE_KINDS:
                 table = self.table_of(name)
                 if table not in self.tables:
-                    raise ConfigError(f"data.features.{name} reads table '{table}', which data.tables lacks: {nearest(table, self.tables)}")
+                    raise ConfigError(
+                        f"data.features.{name} reads table '{table}', which data.tables lacks: {nearest(table, self.tables)}"
+                    )
             elif feature.table or feature.hashed or feature.dropout:
-                raise ConfigError(f"data.features.{name} is {feature.kind.name}: table, hashed and dropout belong to id, bag and sequence")
+                raise ConfigError(
+                    f"data.features.{name} is {feature.kind.name}: table, hashed and dropout belong to id, bag and sequence"
+                )
         for name, task in self.tasks.items():
             if task.condition is not None and (task.condition not in self.tasks or task.condition == name):
-                raise ConfigError(f"data.tasks.{name}.condition is '{task.condition}', expected another task: {nearest(task.condition, set(self.tasks) - {name})}")
+                raise ConfigError(
+                    f"data.tasks.{name}.condition is '{task.condition}', expected another task: {nearest(task.condition, set(self.tasks) - {name})}"
+                )
         unread = set(self.tables) - {self.table_of(n) for n in self.sparse_features}
         if unread:
-            raise ConfigError(f"data.tables {sorted(unread)}: no feature reads them; remove them or name them in a feature's table")
+            raise ConfigError(
+                f"data.tables {sorted(unread)}: no feature reads them; remove them or name them in a feature's table"
+            )
 
     @property
     def sparse_features(self) -> dict[str, FeatureConfig]:

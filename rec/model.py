@@ -1,0 +1,67 @@
+"""The whole network, from tables to logits, for one device. `sharding.py` spreads it over ranks."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rec.embeddings import Embeddings
+from rec.experts import ExpertsConfig, build_experts
+from rec.features import Batch
+from rec.interaction import InteractionConfig, build_interaction
+from rec.schema import DataConfig
+from rec.towers import TaskTowers, TowersConfig
+
+
+@dataclass
+class ModelConfig:
+    """The stages of the network; each is a group of choices below `conf/`."""
+
+    interaction: InteractionConfig = field(default_factory=InteractionConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    towers: TowersConfig = field(default_factory=TowersConfig)
+    bf16: bool = False  # run the dense part in bfloat16 (weights stay float32); the tables are always float32
+
+
+@dataclass
+class Outputs:
+    """What the network says of B rows.
+
+    Attributes:
+        logits: [B, T] float32; of a regression, predictions.
+        gate_weights: [B, T, N] float32 or None.
+
+    """
+
+    logits: Tensor
+    gate_weights: Tensor | None
+
+
+class Ranker(nn.Module):
+    """Embeddings and dense columns -> crosses -> experts -> a tower a task.
+
+    Args:
+        config: the stages.
+        data: description of the data set.
+        device: where the tables are made; `meta` leaves them to the sharder.
+
+    """
+
+    def __init__(self, config: ModelConfig, data: DataConfig, *, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.bf16 = config.bf16
+        num_tasks = len(data.tasks)
+        self.embeddings = Embeddings(data, device=device)
+        width = self.embeddings.out_features + data.num_dense
+        self.interaction = build_interaction(config.interaction, width)
+        self.experts = build_experts(config.experts, in_features=width, num_tasks=num_tasks)
+        self.towers = TaskTowers(config.towers, in_features=config.experts.layer_sizes[-1], num_tasks=num_tasks)
+
+    def forward(self, batch: Batch) -> Outputs:
+        pooled = self.embeddings(batch.sparse_features)  # [B, sum of D]
+        x = torch.cat([pooled, batch.dense], dim=1)  # [B, d]
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            x = self.interaction(x)  # [B, d]
+            mixture = self.experts(x)  # [B, T, H], gates [B, T, N]
+            logits = self.towers(mixture.values)  # [B, T]
+        return Outputs(logits.float(), mixture.gate_weights)

@@ -1,0 +1,31 @@
+"""One small network a task, from its mixture to its logit."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from rec.experts import StackedMLP
+from rec.schema import ConfigError
+
+
+@dataclass
+class TowersConfig:
+    """Towers of one shape, each with its own weights."""
+
+    layer_sizes: list[int] = field(default_factory=lambda: [64])  # widths of the hidden layers; may be empty
+
+    def __post_init__(self) -> None:
+        if any(size < 1 for size in self.layer_sizes):
+            raise ConfigError(f"model.towers.layer_sizes is {self.layer_sizes}, expected positive widths")
+
+
+class TaskTowers(nn.Module):
+    """The towers of all tasks, run as one batched product a layer."""
+
+    def __init__(self, config: TowersConfig, *, in_features: int, num_tasks: int) -> None:
+        super().__init__()
+        self.towers = StackedMLP(num_tasks, in_features, [*config.layer_sizes, 1], activate_last=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[B, T, H] -> logits [B, T] (of a regression: predictions)."""
+        return self.towers(values.transpose(0, 1)).squeeze(-1).transpose(0, 1)

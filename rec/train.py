@@ -1,0 +1,146 @@
+"""Train a ranker. `torchrun --standalone --nproc-per-node 2 -m rec.train experiment=quickstart trainer.max_steps=100`"""
+
+import os
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rec import config as configuration
+from rec.checkpoint import Checkpoints, Resume
+from rec.config import Config
+from rec.data import Reader
+from rec.distributed import Rank, from_main, process_group, run_entry
+from rec.features import DataError
+from rec.logs import RunLog
+from rec.metrics import MultitaskMetrics
+from rec.model import Ranker
+from rec.optim import Optimizers
+from rec.schema import ConfigError
+from rec.sharding import describe_plan, shard
+from rec.trainer import Trainer
+
+ABOUT = """Train a multitask ranker, on one rank or under torchrun on many.
+
+    torchrun --standalone --nproc-per-node 2 -m rec.train experiment=quickstart trainer.max_steps=100
+    torchrun --standalone --nproc-per-node 2 -m rec.train data=kuairand data.path=DIR experts=mmoe seed=1
+    python -m rec.train --multirun seed=0,1,2 optim.dense.lr=0.001,0.003"""
+
+
+def build(config: Config, rank: Rank, log: RunLog) -> Trainer:
+    """Readers, sharded model, optimizers and the loop around them. Ranks wait for each other here."""
+    data = config.data
+    ranks: dict[str, Any] = {"seed": config.seed, "rank": rank.rank, "world_size": rank.world_size}
+    reader = Reader(data, config.reader, split="train", **ranks)
+    eval_split = config.trainer.eval_split
+    eval_reader = (
+        Reader(data, config.reader, split=eval_split, training=False, truth=True, **ranks) if eval_split else None
+    )
+    model, optimizers = build_model(config, rank, reader.local_batch_size)
+    metrics = MultitaskMetrics(data.tasks, domains=data.domains, config=config.metrics, grouped=data.group is not None)
+    return Trainer(
+        config.trainer,
+        rank=rank,
+        model=model,
+        optimizers=optimizers,
+        tasks=data.tasks,
+        reader=reader,
+        eval_reader=eval_reader,
+        metrics=metrics.to(rank.device),
+        checkpoints=Checkpoints(Path(config.run_dir or "") / "checkpoints", config.checkpoint),
+        log=log,
+    )
+
+
+def build_model(config: Config, rank: Rank, local_batch_size: int) -> tuple[torch.nn.Module, Optimizers]:
+    """The sharded network and its optimizers; weights depend on the seed alone. Ranks wait for each other here."""
+    torch.manual_seed(config.seed)
+    model = Ranker(config.model, config.data, device=torch.device("meta"))
+    sharded = shard(
+        model,
+        config.data,
+        config.sharding,
+        sparse=config.optim.sparse,
+        device=rank.device,
+        local_batch_size=local_batch_size,
+        seed=config.seed,
+    )
+    return sharded, Optimizers(sharded, config.optim)
+
+
+def train(config: Config, rank: Rank) -> None:
+    """One run, from its configuration to its last checkpoint."""
+    run_dir = Path(config.run_dir or "")
+    log = RunLog(run_dir, active=rank.is_main)
+    trainer = build(config, rank, log)
+    if rank.is_main:
+        configuration.save(config, run_dir / "config.yaml")
+    resumed_from = _resume(config, trainer)
+    _announce(config, rank, trainer, resumed_from)
+    started = time.monotonic()
+    reason = trainer.train() if trainer.info.step < trainer.total_steps else "was done already"
+    for repair, count in trainer.reader.encoder.repairs.items():
+        trainer.event("warning", message=f"{repair}: {count} values on rank 0")
+    trainer.event("end", reason=reason, seconds=time.monotonic() - started)
+    log.say(f"\n{reason} at step {trainer.info.step:,}; logs, checkpoints and configuration are in {run_dir}")
+    log.close()
+
+
+def _resume(config: Config, trainer: Trainer) -> str | None:
+    if config.checkpoint.resume is Resume.auto:
+        return trainer.resume()
+    if trainer.checkpoints.find("latest"):
+        raise ConfigError(
+            f"{config.run_dir} has checkpoints and checkpoint.resume=never; choose another run_dir, or checkpoint.resume=auto to go on"
+        )
+    return None
+
+
+def _announce(config: Config, rank: Rank, trainer: Trainer, resumed_from: str | None) -> None:
+    tables = describe_plan(trainer.model)
+    dense = sum(parameter.numel() for parameter in trainer.optimizers.dense_parameters.values())
+    sparse = sum(table.num_embeddings * table.embedding_dim for table in config.data.tables.values())
+    trainer.event(
+        "start",
+        world_size=rank.world_size,
+        device=str(rank.device.type),
+        config=configuration.plain(config),
+        parameters={"dense": dense, "sparse": sparse},
+        tables=tables,
+        steps=trainer.total_steps,
+        resumed_from=resumed_from,
+    )
+    kinds = ", ".join(sorted({str(table["sharding"]) for table in tables.values()}))
+    trainer.log.say(
+        f"{config.data.name}: {trainer.reader.num_rows:,} rows in {len(trainer.reader.split.files)} files; "
+        f"{trainer.total_steps:,} steps of {config.reader.global_batch_size:,} rows on {rank.world_size} {rank.device.type} ranks\n"
+        f"{len(tables)} tables with {sparse:,} weights ({kinds}), dense part {dense:,} weights; run folder {config.run_dir}"
+        + (f"\ngoing on from {resumed_from}" if resumed_from else "")
+    )
+
+
+def run_folder(configured: str | None) -> str:
+    """The run's folder: as configured, or runs/<time>_<id of the launch>, which a restart of the same launch finds again."""
+    if configured:
+        return configured
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", str(os.getpid()))[:8]
+    known = sorted(Path("runs").glob(f"*_{launch}"))
+    return str(known[-1]) if known else f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}_{launch}"
+
+
+def run(config: Config) -> None:
+    """Join the ranks, agree on the folder, train."""
+    with process_group(timeout_s=config.trainer.timeout_s) as rank:
+        config.run_dir = str(from_main(run_folder(config.run_dir)))
+        train(config, rank)
+
+
+def main() -> None:
+    """The command line."""
+    run_entry(lambda: configuration.main(run, about=ABOUT), quiet=(ConfigError, DataError))
+
+
+if __name__ == "__main__":
+    main()
