@@ -33,8 +33,7 @@ from rec.schema import ConfigError, DataConfig, nearest
 from rec.sharding import ShardingConfig
 from rec.trainer import TrainerConfig
 
-_PACKAGE = Path(__file__).resolve().parent
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+CONF = Path(__file__).resolve().parents[1] / "conf"
 
 # Sections with several types: where they lie, the group that chooses, and `kind` -> type.
 _CHOICES: dict[str, tuple[str, dict[str, type]]] = {

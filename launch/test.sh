@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets up .venv if need be and runs the tests. Arguments go to pytest.
+#
+#   ./launch/test.sh                       all but the slow ones and those that need a GPU
+#   ./launch/test.sh -m slow               minutes of proof: many ranks, killed and resumed runs
+#   ./launch/test.sh tests/test_losses.py -k masked
+set -euo pipefail
+. "$(dirname "$0")/env.sh"
+
+./launch/setup.sh
+if [[ $# -eq 0 ]]; then set -- -m "not slow and not gpu"; fi
+run .venv/bin/python -m pytest "$@"
