@@ -18,7 +18,7 @@ def toy_table(num_rows: int, *, seed: int = 0) -> pa.Table:
     rng = np.random.default_rng(seed)
     user, item = rng.integers(0, 997, num_rows), rng.integers(0, 203, num_rows)
     price = rng.lognormal(1, 1, num_rows).astype(np.float32)
-    click = rng.random(num_rows) < 1 / (1 + np.exp(1 + 0.5 * np.sin(user) - 0.4 * np.log1p(price)))
+    click = rng.random(num_rows) < 1 / (1 + np.exp(3 + 0.5 * np.sin(user) - 2 * np.log1p(price)))
     purchase = click & (rng.random(num_rows) < 0.2 + 0.3 * (item % 3 == 0))
     lengths = rng.integers(0, 6, num_rows)
     return pa.table(

@@ -45,6 +45,7 @@ def runs(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 f"sharding.default={kind}",
                 "trainer.num_epochs=2",
                 "trainer.log_every_steps=1",
+                "optim.dense.lr=0.003",
                 "optim.dense.clip_grad_norm=1.0",
                 "optim.schedule.warmup_steps=5",
                 "optim.schedule.decay=cosine",
@@ -93,7 +94,7 @@ def test_kinds_that_keep_rows_whole_agree(runs: Path) -> None:
 
 def test_training_moves_weights_and_lowers_the_loss(runs: Path) -> None:
     train = events(runs / "row_wise-2", "train")
-    assert np.mean([e["losses"]["click"] for e in train[-10:]]) < np.mean([e["losses"]["click"] for e in train[:5]])
+    assert np.mean([e["losses"]["click"] for e in train[-10:]]) < np.mean([e["losses"]["click"] for e in train[:5]]) - 0.05
     tables = events(runs / "row_wise-2", "tables")[-1]["tables"]
     assert 0 < tables["user"]["rows_trained"] < 1 and tables["item"]["rows_trained"] > 0.9
 
