@@ -1,0 +1,47 @@
+"""Distributed training of multitask rankers on large sparse features.
+
+The map, in the order in which data flows; a module imports only from those above it. B rows, F dense columns, D embedding
+columns, d network width, T tasks, N experts, H expert width.
+
+    schema        YAML of a data set -> DataConfig: columns, tables, tasks, domains
+
+  get data
+    market        seed -> chunks of simulated impressions with known probabilities
+    simulate      market -> Parquet
+    past          rows in time order -> what was known strictly before each
+    kuairand      raw files of KuaiRand-Pure -> impressions with histories and counters
+    prepare       a public data set's raw files -> Parquet
+
+  read
+    features      columns -> Batch: KeyedJaggedTensor, dense [B, F], labels and weights [B, T], domain_id and group_id [B]
+    data          Parquet, seed, step -> this rank's Batch
+
+  model, for one device
+    embeddings    KeyedJaggedTensor -> pooled [B, sum of D]
+    interaction   [B, d] -> crosses [B, d]
+    experts       [B, d] -> mixtures [B, T, H], gate_weights [B, T, N]
+    towers        [B, T, H] -> logits [B, T]
+    model         Batch -> logits [B, T]
+    losses        logits, labels, weights [B, T] -> one loss
+
+  spread over ranks
+    distributed   torchrun's environment -> process group, and a clean end
+    optim         parameters -> fused sparse and dense optimizers, one schedule
+    sharding      model -> DistributedModelParallel: a plan, filled tables
+
+  measure and keep
+    curves        scores, labels -> AUC, average precision, ECE
+    metrics       logits over ranks -> metrics by task and domain
+    checkpoint    state over ranks <-> a folder, whole or invisible
+    logs          events -> metrics.jsonl, TensorBoard, console
+    trainer       all of these -> a trained model
+    config        conf/ and overrides -> Config
+
+  run (python -m rec.<name>)
+    train         Config -> run folder
+    sweep         swept overrides -> one torchrun job each
+    evaluate      run folder -> metrics of a split
+    baseline      Parquet -> LightGBM's metrics on the same columns
+    report        run folders -> a table
+    doctor        this machine -> findings and remedies
+"""

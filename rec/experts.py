@@ -1,6 +1,7 @@
 """What tasks share: one bottom for all, or experts that each task mixes through a gate of its own (MMoE, Ma et al., KDD 2018)."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from omegaconf import MISSING
@@ -59,7 +60,7 @@ class StackedMLP(nn.Module):
         super().__init__()
         widths = [in_features, *layer_sizes]
         self.activate_last = activate_last
-        self.weights = nn.ParameterList([torch.empty(num, i, o) for i, o in zip(widths, widths[1:], strict=False)])
+        self.weights = nn.ParameterList([torch.empty(num, i, o) for i, o in pairwise(widths)])
         self.biases = nn.ParameterList([torch.zeros(num, 1, o) for o in widths[1:]])
         for weight in self.weights:
             for one in weight:

@@ -58,6 +58,7 @@ class Ranker(nn.Module):
         self.towers = TaskTowers(config.towers, in_features=config.experts.layer_sizes[-1], num_tasks=num_tasks)
 
     def forward(self, batch: Batch) -> Outputs:
+        """B rows of columns -> B rows of logits."""
         pooled = self.embeddings(batch.sparse_features)  # [B, sum of D]
         x = torch.cat([pooled, batch.dense], dim=1)  # [B, d]
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.bf16):

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from rec import config as configuration
 from rec.train import run_folder
-from tests.conftest import CONF, toy_overrides, torchrun
+from tests.conftest import CONF, torchrun, toy_overrides
 
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
 
