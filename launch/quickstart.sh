@@ -6,7 +6,7 @@
 #   ./launch/quickstart.sh
 #   ./launch/quickstart.sh run_dir=runs/short trainer.max_steps=100
 #
-#   ROWS=600000    impressions to simulate; remove data/market to change it
+#   ROWS=1500000   impressions to simulate; remove data/market to change it
 #   NPROC=2        ranks; default: one a GPU, else 2
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
@@ -20,7 +20,7 @@ done
 torchrun=(.venv/bin/torchrun --standalone --nproc-per-node "$NPROC")
 
 # Returns at once if the same log is there already.
-run .venv/bin/python -m rec.simulate --out data/market --rows "${ROWS:-600000}" --seed 0
+run .venv/bin/python -m rec.simulate --out data/market --rows "${ROWS:-1500000}" --seed 0
 run "${torchrun[@]}" -m rec.train experiment=quickstart run_dir=runs/quickstart checkpoint.resume=auto "$@"
 run "${torchrun[@]}" -m rec.evaluate run_dir="$run_dir"
 

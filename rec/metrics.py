@@ -14,6 +14,7 @@ depends on the rows alone: not on their order, their batches or the ranks that s
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,15 +26,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from rec.curves import Curve, MetricValues, binary_metrics, exact_curve, group_auc, regression_metrics
 from rec.schema import TaskConfig, TaskKind, check_range
-
-Array = np.ndarray
-Curve = np.ndarray  # [3, K] float64: weight of negatives, of positives, weighted sum of preds, by score, ascending
-MetricValues = dict[str, float | int | None]  # name of a metric -> its value, None where it has no meaning
-
-BINARY_METRICS = ("auc", "pr_auc", "logloss", "ne", "calibration", "ece", "gauc", "rows", "positives")
-TRUTH_METRICS = ("auc_truth", "gap_closed")  # of a binary task whose true probability is known
-REGRESSION_METRICS = ("mae", "rmse", "calibration", "rows")
 
 _FIELDS = ("logits", "labels", "weights", "domain_id", "truth")  # of a batch
 # Sums kept for every task and domain, float64. Unused ones (mae of a binary task) are cheaper than a case distinction.
@@ -79,23 +73,9 @@ class EvalResult:
 class MultitaskMetrics(Metric):
     """Metrics of every task, over all rows and in each domain, over all ranks.
 
-    Weights w >= 0; a row of weight 0 is masked for that task, whatever its logit and label hold. With p the predicted
-    probability and y the label in [0, 1], a soft label being y of a positive and 1 - y of a negative:
-
-    - `auc`: chance that a random positive is ranked above a random negative, ties half; `pr_auc`: average precision
-    - `logloss`: sum(w * bce) / sum(w), natural logarithm; `ne`: logloss over the entropy of the base rate, which is
-      sum(wy) / sum(w)
-    - `calibration`: sum(wp) / sum(wy), ideally 1
-    - `ece`: sum over `ece_bins` bins of equal weight, in the order of p, of |sum(wp) - sum(wy)| over sum(w), ideally 0.
-      Rows of one logit, or of one bin of the histogram, are taken as alike and shared out between two bins
-    - `gauc`: mean AUC of the groups that hold positives and negatives, weighted by the group's weight. In a domain, the
-      same among the domain's rows. None when not `grouped`; also when single groups hold more than `kept_rows` rows
-    - `rows`: rows of weight > 0; `positives`: the sum of their labels, unweighted
-    - `auc_truth`, `gap_closed`: for a binary task with a `truth` column, the AUC of the true probability, and
-      (auc - .5) / (auc_truth - .5), the share that was learned of what can be known
-    - `mae`, `rmse`, `calibration`, `rows`: of a regression task, in the space in which the labels arrive
-
-    A metric without meaning (no rows, no positives, no negatives, no entropy) is None.
+    `rec/curves.py` says what each metric is. A row of weight 0 is masked for that task, whatever its logit and label hold.
+    `gauc` is None when not `grouped`; also when single groups hold more than `kept_rows` rows. `auc_truth` and
+    `gap_closed` are there for a binary task with a `truth` column.
 
     All is exact up to `kept_rows` rows. Beyond, rows are kept of a uniform sample of groups, decided by a hash of the
     group, for `gauc`, and `auc`, `pr_auc` and `ece` come from the histogram. Measured on four million rows at base rates
@@ -383,13 +363,10 @@ class MultitaskMetrics(Metric):
 
     def compute(self) -> EvalResult:
         """The metrics over all rows of all ranks since the last `reset`. A collective: call it on every rank."""
-        slices = [self._slices(t) for t in range(len(self.tasks))]  # [T][1 + D], all rows first
+        slices = {task: self._slices(t) for t, task in enumerate(self.tasks)}  # [1 + D] each, all rows first
         return EvalResult(
-            metrics={task: values[0] for task, values in zip(self.tasks, slices, strict=True)},
-            domains={
-                task: dict(zip(self.domains, values[1:], strict=True))
-                for task, values in zip(self.tasks, slices, strict=True)
-            },
+            metrics={task: values[0] for task, values in slices.items()},
+            domains={task: dict(zip(self.domains, values[1:], strict=True)) for task, values in slices.items()},
         )
 
     def _slices(self, task: int) -> list[MetricValues]:
@@ -397,15 +374,14 @@ class MultitaskMetrics(Metric):
         sums = self.sums[:, task].T.cpu().numpy()
         totals = [dict(zip(_SUMS, row, strict=True)) for row in [sums.sum(0).tolist(), *sums.tolist()]]
         if task not in self.column_tasks:
-            return [_regression_metrics(total) for total in totals]
-        columns = [c for c, t in enumerate(self.column_tasks) if t == task]  # its own, and its truth's where known
-        curves = [self._curves(c) for c in columns]
-        gaucs = self._gaucs(columns[0])
-        slices = []
-        for s, total in enumerate(totals):
-            values = _binary_metrics(total, curves[0][s], ece_bins=self.config.ece_bins, gauc=gaucs[s])
-            slices.append(values | (_truth_metrics(values["auc"], auc(curves[1][s])) if len(columns) == 2 else {}))
-        return slices
+            return [regression_metrics(total) for total in totals]
+        own, *known = (self._curves(c) for c, t in enumerate(self.column_tasks) if t == task)
+        truths = known[0] if known else [None] * len(totals)
+        gaucs = self._gaucs(self.column_tasks.index(task))
+        return [
+            binary_metrics(total, curve=curve, truth=truth, gauc=gauc, ece_bins=self.config.ece_bins)
+            for total, curve, truth, gauc in zip(totals, own, truths, gaucs, strict=True)
+        ]
 
     def _curves(self, column: int) -> list[Curve]:
         """The curve of a column: over all rows, then in each domain."""
@@ -421,12 +397,11 @@ class MultitaskMetrics(Metric):
         """Group AUC of a column: over all rows, then in each domain."""
         if not self.grouped:
             return [None] * (1 + len(self.domains))
-        keys, *rows = self._kept_rows(column)
-        groups = np.unique(keys[:, 0], return_inverse=True)[1]
-        cut = groups * len(self.domains) + keys[:, 1]
-        return _group_auc(groups, *rows, num_domains=1) + _group_auc(cut, *rows, num_domains=len(self.domains))
+        keys, scores, labels, weights = self._kept_rows(column)
+        mean_auc = partial(group_auc, keys[:, 0], scores=scores, labels=labels, weights=weights)
+        return mean_auc() + mean_auc(domain_id=keys[:, 1], num_domains=len(self.domains))
 
-    def _kept_rows(self, column: int) -> list[Array]:
+    def _kept_rows(self, column: int) -> list[np.ndarray]:
         """Keys [R, 2], scores, labels and weights [R] of a column's rows that were kept, over all ranks."""
         if len(self.kept_keys) == 0:
             return [np.zeros((0, 2), dtype=np.int64), *np.zeros((3, 0))]
@@ -434,104 +409,6 @@ class MultitaskMetrics(Metric):
         keys, values = dim_zero_cat(self.kept_keys), dim_zero_cat(self.kept_values)[:, :, column]
         counts = values[:, 2] > 0
         return [keys[counts].cpu().numpy(), *values[counts].double().cpu().numpy().T]
-
-
-def exact_curve(scores: Array, *, labels: Array, weights: Array) -> Curve:
-    """The curve of rows with logits `scores`, labels in [0, 1] and `weights`, each [N], without binning."""
-    distinct, place = np.unique(scores, return_inverse=True)
-    preds = np.exp(-np.logaddexp(0, -distinct))  # the sigmoid, without overflow
-    sums = [np.bincount(place, x, minlength=len(distinct)) for x in (weights * (1 - labels), weights * labels, weights)]
-    return np.stack([sums[0], sums[1], sums[2] * preds])
-
-
-def auc(curve: Curve) -> float | None:
-    """Area under the ROC curve: positives ranked above negatives, ties half; None without one or the other.
-
-    >>> auc(exact_curve(np.array([1.0, 2.0, 2.0]), labels=np.array([0.0, 0.0, 1.0]), weights=np.ones(3)))
-    0.75
-    """
-    negatives, positives, _ = curve
-    below = negatives.cumsum() - negatives / 2
-    return _ratio(float(positives @ below), float(positives.sum() * negatives.sum()))
-
-
-def average_precision(curve: Curve) -> float | None:
-    """Sum of precision times the gain in recall, down the scores; as in scikit-learn. None without both classes.
-
-    >>> average_precision(exact_curve(np.array([1.0, 2.0, 3.0]), labels=np.array([1.0, 0.0, 1.0]), weights=np.ones(3)))
-    0.8333333333333333
-    """
-    negatives, positives, _ = curve[:, ::-1]
-    total = float(positives.sum()) if negatives.any() else 0.0
-    precision = positives.cumsum() / (positives + negatives).cumsum()
-    return _ratio(float(precision @ positives), total)
-
-
-def expected_calibration_error(curve: Curve, *, num_bins: int) -> float | None:
-    """Mean distance between predicted and true rate over `num_bins` bins of equal weight; None without rows."""
-    negatives, positives, preds = np.pad(curve, ((0, 0), (1, 0)))
-    weight, gap = (negatives + positives).cumsum(), (preds - positives).cumsum()
-    ends = np.linspace(0, weight[-1], num_bins + 1)
-    return _ratio(float(np.abs(np.diff(np.interp(ends, weight, gap))).sum()), float(weight[-1]))
-
-
-def _group_auc(groups: Array, scores: Array, labels: Array, weights: Array, *, num_domains: int) -> list[float | None]:
-    """Mean AUC of groups [R] = number of the group * num_domains + domain, by domain, weighted by their weight."""
-    groups, place = np.unique(groups, return_inverse=True)
-    order = np.lexsort((scores, place))
-    place, scores, labels, weights = place[order], scores[order], labels[order], weights[order]
-    new = np.ones(len(place), dtype=bool)  # starts of runs of the same group and score, whose ties count half
-    new[1:] = (place[1:] != place[:-1]) | (scores[1:] != scores[:-1])
-    run, owner = new.cumsum() - 1, place[new]
-    positives, negatives = np.bincount(run, weights * labels), np.bincount(run, weights * (1 - labels))
-    num_positives, num_negatives = (np.bincount(owner, x, minlength=len(groups)) for x in (positives, negatives))
-    below = negatives.cumsum() - negatives / 2 - (num_negatives.cumsum() - num_negatives)[owner]
-    area = np.bincount(owner, positives * below, minlength=len(groups))
-    both = (num_positives > 0) & (num_negatives > 0)
-    share = (num_positives + num_negatives)[both]
-    aucs = area[both] / (num_positives * num_negatives)[both]
-    sums = (np.bincount(groups[both] % num_domains, x, minlength=num_domains).tolist() for x in (aucs * share, share))
-    return [_ratio(total, weight) for total, weight in zip(*sums, strict=True)]
-
-
-def _binary_metrics(total: dict[str, float], curve: Curve, *, ece_bins: int, gauc: float | None) -> MetricValues:
-    base_rate = _ratio(total["labels"], total["weight"])
-    logloss = _ratio(total["logloss"], total["weight"])
-    return {
-        "auc": auc(curve),
-        "pr_auc": average_precision(curve),
-        "logloss": logloss,
-        "ne": None if logloss is None or base_rate is None else _ratio(logloss, _entropy(base_rate)),
-        "calibration": _ratio(total["preds"], total["labels"]),
-        "ece": expected_calibration_error(curve, num_bins=ece_bins),
-        "gauc": gauc,
-        "rows": int(total["rows"]),
-        "positives": int(total["positives"]) if total["positives"].is_integer() else total["positives"],
-    }
-
-
-def _truth_metrics(auc: float | None, auc_truth: float | None) -> MetricValues:
-    if auc is None or auc_truth is None or auc_truth <= 0.5:  # nothing there to be learned
-        return {"auc_truth": auc_truth, "gap_closed": None}
-    return {"auc_truth": auc_truth, "gap_closed": (auc - 0.5) / (auc_truth - 0.5)}
-
-
-def _regression_metrics(total: dict[str, float]) -> MetricValues:
-    mean_squared = _ratio(total["squared_error"], total["weight"])
-    return {
-        "mae": _ratio(total["absolute_error"], total["weight"]),
-        "rmse": None if mean_squared is None else math.sqrt(mean_squared),
-        "calibration": _ratio(total["preds"], total["labels"]),
-        "rows": int(total["rows"]),
-    }
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator != 0 else None
-
-
-def _entropy(rate: float) -> float:
-    return -sum(p * math.log(p) for p in (rate, 1 - rate) if p > 0)
 
 
 def _bin(scores: Tensor, width: Tensor) -> Tensor:
