@@ -9,6 +9,7 @@ columns, d network width, T tasks, N experts, H expert width.
     market        seed -> chunks of simulated impressions with known probabilities
     simulate      market -> Parquet
     past          rows in time order -> what was known strictly before each
+    raw           raw CSV files -> checked columns, or an error with file, line and value
     kuairand      raw files of KuaiRand-Pure -> impressions with histories and counters
     prepare       a public data set's raw files -> Parquet
 

@@ -9,17 +9,18 @@ and sequences as their length.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from rec.features import hash_strings
+from rec.data import Split
+from rec.features import DataError, Encoder, hash_strings
 from rec.schema import ConfigError, DataConfig, FeatureConfig, FeatureKind, TaskConfig, TaskKind, nearest
 
 MAX_CATEGORIES = 64  # more values than this split better as ordered numbers
@@ -38,15 +39,17 @@ class Score:
 
 @dataclass(frozen=True)
 class TreeConfig:
-    """LightGBM's settings. The slow rate and the thin columns keep many weak counters from being overfitted."""
+    """LightGBM's settings, by its names. The slow rate and the thin columns keep weak counters from being overfitted."""
 
-    trees: int = 150
-    leaves: int = 31
-    learning_rate: float = 0.05
-    columns_per_tree: float = 0.5  # share, 0 to 1
-    min_rows_per_leaf: int = 100
-    threads: int = 0  # 0: LightGBM's choice
-    seed: int = 0
+    num_trees: int = field(default=150, metadata={"help": "trees a task"})
+    num_leaves: int = field(default=31, metadata={"help": "leaves a tree"})
+    learning_rate: float = field(default=0.05, metadata={"help": "share of each tree that is added, 0 to 1"})
+    feature_fraction: float = field(
+        default=0.5, metadata={"help": "share of the columns that each tree may use, 0 to 1"}
+    )
+    min_data_in_leaf: int = field(default=100, metadata={"help": "rows a leaf has at least"})
+    num_threads: int = field(default=0, metadata={"help": "threads; 0: LightGBM's choice"})
+    seed: int = field(default=0, metadata={"help": "of the choice of columns"})
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class Matrix:
     values: np.ndarray
     names: list[str]
     categorical: list[int]
+
+    def filter(self, rows: np.ndarray) -> "Matrix":
+        """The chosen rows [N] bool."""
+        return self if rows.all() else replace(self, values=self.values[rows])
 
 
 def load_data_config(file: Path) -> DataConfig:
@@ -67,43 +74,29 @@ def load_data_config(file: Path) -> DataConfig:
 
     """
     if not file.is_file():
-        raise ConfigError(
-            f"--data {file}: no such file; {nearest(file.name, (f.name for f in file.parent.glob('*.yaml')))}"
-        )
+        names = (other.name for other in file.parent.glob("*.yaml"))
+        raise ConfigError(f"--data {file}: no such file; {nearest(file.name, names)}")
     loaded = OmegaConf.load(file)
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(
-            f"--data {file}: holds a list, expected the keys of a data set, as in conf/data/kuairand.yaml"
-        )
+        raise ConfigError(f"--data {file}: a list, expected the keys of a data set as in conf/data/kuairand.yaml")
     loaded.pop("defaults", None)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), loaded))
-    assert isinstance(config, DataConfig)
-    return config
+    return cast(DataConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), loaded)))
 
 
 def read_split(config: DataConfig, split: str) -> pa.Table:
-    """The columns that features and binary tasks of `config` name, all rows of one split.
+    """The columns that `config` names, all rows of one split.
 
     Raises:
-        ConfigError: unknown split, nothing there, a column that is missing.
+        ConfigError: unknown split.
+        DataError: no files or rows there, or columns that do not fit `config`.
 
     """
-    if split not in config.splits:
-        raise ConfigError(f"data.splits has no '{split}': {nearest(split, config.splits)}")
-    place = Path(config.path) / config.splits[split]
-    files = (
-        sorted(place.glob("**/*.parquet")) if place.is_dir() else sorted(Path(config.path).glob(config.splits[split]))
-    )
-    if not files:
-        raise ConfigError(f"split '{split}': no Parquet files at {place}; --path names the data set's folder")
-    dataset = ds.dataset(files, format="parquet")
-    columns = [config.column_of(name) for name in config.features] + [task.label for task in config.tasks.values()]
-    for column in columns:
-        if column not in dataset.schema.names:
-            raise ConfigError(
-                f"split '{split}' at {place} has no column '{column}': {nearest(column, dataset.schema.names)}"
-            )
-    return dataset.to_table(columns=list(dict.fromkeys(columns)))
+    found, encoder = Split(config, split), Encoder(config)
+    found.check_schema(encoder)
+    if not found.num_rows:
+        raise DataError(f"split '{split}' in {config.path}: no rows in {len(found.files)} files; write them again")
+    tables = [found.read(group, encoder.columns) for group in found.row_groups]
+    return pa.concat_tables(tables, promote_options="permissive")  # files may differ in the width of their integers
 
 
 def feature_matrix(table: pa.Table, config: DataConfig) -> Matrix:
@@ -121,7 +114,7 @@ def feature_matrix(table: pa.Table, config: DataConfig) -> Matrix:
 
 
 def feature_columns(array: pa.Array, feature: FeatureConfig) -> np.ndarray:
-    """[N, 1] float32, or [N, size] of a vector; NaN where null. A string becomes its hash, thinned to 24 bits.
+    """[N, 1] float32, or [N, size] of a vector; NaN where null. A string becomes 24 bits of its hash: float32 holds no more.
 
     >>> feature_columns(pa.array([[1, 2], [], None]), FeatureConfig(kind=FeatureKind.bag)).ravel().tolist()
     [2.0, 0.0, 0.0]
@@ -134,7 +127,6 @@ def feature_columns(array: pa.Array, feature: FeatureConfig) -> np.ndarray:
         values[np.unique(row)] = np.asarray(array.flatten(), np.float32).reshape(-1, feature.size)
         return values
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-        # float32 holds 24 bits exactly
         return (hash_strings(array) >> np.uint64(40)).astype(np.float32)[:, None]
     return array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)[:, None]
 
@@ -149,21 +141,15 @@ def task_rows(table: pa.Table, config: DataConfig, task: TaskConfig) -> tuple[np
 
 
 def score(labels: np.ndarray, preds: np.ndarray) -> Score:
-    """Exact metrics of predictions [N], 0 to 1, against labels [N] of 0 and 1.
-
-    >>> score(np.array([0, 1]), np.array([0.5, 0.5])).auc
-    0.5
-    """
+    """Exact metrics of predictions [N], 0 to 1, against labels [N] of 0 and 1."""
     from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
     rows, positives = len(labels), int((labels > 0).sum())
-    if not 0 < positives < rows:
-        loss = float(log_loss(labels, preds, labels=[0, 1])) if rows else None
-        return Score(None, None, loss, rows, positives)
+    both = 0 < positives < rows
     return Score(
-        auc=float(roc_auc_score(labels, preds)),
-        pr_auc=float(average_precision_score(labels, preds)),
-        logloss=float(log_loss(labels, preds, labels=[0, 1])),
+        auc=float(roc_auc_score(labels, preds)) if both else None,
+        pr_auc=float(average_precision_score(labels, preds)) if both else None,
+        logloss=float(log_loss(labels, preds, labels=[0, 1])) if rows else None,
         rows=rows,
         positives=positives,
     )
@@ -172,20 +158,11 @@ def score(labels: np.ndarray, preds: np.ndarray) -> Score:
 def fit_predict(train: Matrix, labels: np.ndarray, test: Matrix, *, trees: TreeConfig) -> np.ndarray:
     """Probabilities [N_test] of a model of `train` and its `labels` [N_train], 0 or 1."""
     lightgbm = load_lightgbm()
-    parameters: dict[str, Any] = {
-        "objective": "binary",
-        "num_leaves": trees.leaves,
-        "learning_rate": trees.learning_rate,
-        "feature_fraction": trees.columns_per_tree,
-        "min_data_in_leaf": trees.min_rows_per_leaf,
-        "num_threads": trees.threads,
-        "seed": trees.seed,
-        "deterministic": True,
-        "force_row_wise": True,  # what `deterministic` needs
-        "verbosity": -1,
-    }
+    parameters = {"objective": "binary", "verbosity": -1, **asdict(trees)}
+    num_trees = parameters.pop("num_trees")
+    parameters |= {"deterministic": True, "force_row_wise": True}  # the former needs the latter
     rows = lightgbm.Dataset(train.values, labels, feature_name=train.names, categorical_feature=train.categorical)
-    return np.asarray(lightgbm.train(parameters, rows, num_boost_round=trees.trees).predict(test.values))
+    return np.asarray(lightgbm.train(parameters, rows, num_boost_round=num_trees).predict(test.values))
 
 
 def load_lightgbm() -> Any:
@@ -204,7 +181,8 @@ def run_baseline(
     """Each binary task's score on split `test` after training on split `train`.
 
     Raises:
-        ConfigError: LightGBM is missing, or the data set is not as `config` says.
+        ConfigError: LightGBM is missing, an unknown split, or a task that `train` cannot teach.
+        DataError: the files are not as `config` says.
 
     """
     load_lightgbm()
@@ -215,36 +193,27 @@ def run_baseline(
         if task.kind is TaskKind.binary:
             (rows, labels), (test_rows, test_labels) = (task_rows(table, config, task) for table in tables)
             if not 0 < labels[rows].sum() < rows.sum():
-                raise ConfigError(
-                    f"data.tasks.{name}: split '{train}' has {int(labels[rows].sum())} positives in {rows.sum()} rows, "
-                    "expected both kinds; train on more days or take the task out"
-                )
-            preds = fit_predict(_rows(fit_on, rows), labels[rows], _rows(score_on, test_rows), trees=trees)
+                found = f"{int(labels[rows].sum())} positives in {rows.sum()} rows"
+                raise ConfigError(f"data.tasks.{name}: split '{train}' has {found}, expected both; take more days")
+            preds = fit_predict(fit_on.filter(rows), labels[rows], score_on.filter(test_rows), trees=trees)
             scores[name] = score(test_labels[test_rows], preds)
     return scores
-
-
-def _rows(matrix: Matrix, rows: np.ndarray) -> Matrix:
-    return matrix if rows.all() else Matrix(matrix.values[rows], matrix.names, matrix.categorical)
 
 
 def as_text(scores: dict[str, Score]) -> str:
     """A table, one task a line."""
     lines = [f"{'task':<18}{'auc':>9}{'pr_auc':>9}{'logloss':>9}{'rows':>10}{'positives':>11}"]
     for name, s in scores.items():
-        metrics = "".join(
-            f"{'-' if value is None else format(value, '.4f'):>9}" for value in (s.auc, s.pr_auc, s.logloss)
-        )
-        lines.append(f"{name:<18}{metrics}{s.rows:>10}{s.positives:>11}")
+        metrics = ["-" if value is None else f"{value:.4f}" for value in (s.auc, s.pr_auc, s.logloss)]
+        lines.append(f"{name:<18}{''.join(f'{cell:>9}' for cell in metrics)}{s.rows:>10}{s.positives:>11}")
     return "\n".join(lines)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    defaults = TreeConfig()
     p = argparse.ArgumentParser(
         prog="python -m rec.baseline",
-        description="Train LightGBM for each binary task on the columns a data set's YAML names, and score the test split.",
+        description="Train LightGBM for each binary task on the columns that a YAML names, and score the test split.",
         epilog="example: python -m rec.baseline --data conf/data/kuairand.yaml --path data/kuairand --json scores.json",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -252,13 +221,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--path", help="folder of the data set, in place of the YAML's path")
     p.add_argument("--train", default="train", help="split to train on")
     p.add_argument("--test", default="test", help="split to score, as one of data.splits")
-    p.add_argument("--trees", type=int, default=defaults.trees, help="trees a task")
-    p.add_argument("--leaves", type=int, default=defaults.leaves, help="leaves a tree")
-    p.add_argument(
-        "--learning-rate", type=float, default=defaults.learning_rate, help="share of each tree that is added"
-    )
-    p.add_argument("--threads", type=int, default=defaults.threads, help="threads; 0: LightGBM's choice")
-    p.add_argument("--seed", type=int, default=defaults.seed, help="of the choice of columns")
+    for f in fields(TreeConfig):
+        option = f"--{f.name.replace('_', '-')}"
+        p.add_argument(option, type=type(f.default), default=f.default, help=f.metadata["help"])
     p.add_argument("--json", type=Path, help="file to write {task: {auc, pr_auc, logloss, rows, positives}} to")
     return p
 
@@ -266,14 +231,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = parser().parse_args(argv)
-    trees = TreeConfig(
-        trees=args.trees, leaves=args.leaves, learning_rate=args.learning_rate, threads=args.threads, seed=args.seed
-    )
+    trees = TreeConfig(**{f.name: getattr(args, f.name) for f in fields(TreeConfig)})
     try:
         config = load_data_config(args.data)
         config.path = args.path or config.path
         scores = run_baseline(config, trees=trees, train=args.train, test=args.test)
-    except ConfigError as error:
+    except (ConfigError, DataError, OmegaConfBaseException) as error:
         raise SystemExit(f"error: {error}") from error
     print(as_text(scores))
     if args.json:

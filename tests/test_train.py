@@ -92,11 +92,10 @@ def test_kinds_that_keep_rows_whole_agree(runs: Path) -> None:
         np.testing.assert_allclose(table_wise[key].numpy(), row_wise[key].numpy(), rtol=1e-3, atol=2e-5, err_msg=key)
 
 
-def test_training_moves_weights_and_lowers_the_loss(runs: Path) -> None:
-    train = events(runs / "row_wise-2", "train")
-    assert np.mean([e["losses"]["click"] for e in train[-10:]]) < np.mean([e["losses"]["click"] for e in train[:5]]) - 0.05
+def test_tables_say_how_many_of_their_rows_were_trained(runs: Path) -> None:
     tables = events(runs / "row_wise-2", "tables")[-1]["tables"]
-    assert 0 < tables["user"]["rows_trained"] < 1 and tables["item"]["rows_trained"] > 0.9
+    assert 0 < tables["user"]["rows_trained"] < 1
+    assert tables["item"]["rows_trained"] > 0.9
 
 
 def test_resume_at_another_world_size_and_plan(runs: Path, toy: Path, tmp_path: Path) -> None:
@@ -117,11 +116,14 @@ def test_resume_at_another_world_size_and_plan(runs: Path, toy: Path, tmp_path: 
 
 def test_command_line_evaluates_what_was_trained(toy: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    overrides = toy_overrides(toy, f"run_dir={run_dir}", "trainer.max_steps=5", "experts=shared_bottom", "interaction=none")
+    overrides = toy_overrides(toy, f"run_dir={run_dir}", "experts=shared_bottom", "interaction=none")
+    overrides += ["trainer.num_epochs=9", "trainer.max_steps=100", "trainer.log_every_steps=10", "optim.dense.lr=0.02"]
     done = torchrun("-m", "rec.train", "--config-dir", str(CONF), *overrides)
-    assert "5 steps of 50 rows on 2 cpu ranks" in done.stdout and "purchase" in done.stdout
+    assert "100 steps of 50 rows on 2 cpu ranks" in done.stdout and "purchase" in done.stdout
+    losses = [event["losses"]["click"] for event in events(run_dir, "train")]
+    assert losses[-1] < losses[0] - 0.1  # it learns
     again = torchrun("-m", "rec.train", "--config-dir", str(CONF), *overrides)
-    assert "was done already at step 5" in again.stdout
+    assert "was done already at step 100" in again.stdout
     torchrun("-m", "rec.evaluate", f"run_dir={run_dir}", "split=valid", ranks=3)
     during, after = events(run_dir, "eval")
     assert during["split"] == after["split"] == "valid"
