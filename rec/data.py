@@ -12,6 +12,8 @@ G lanes of S neighbouring rows, and every step takes one row from each lane. A r
 """
 
 import fnmatch
+import glob
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -113,27 +115,29 @@ class Split:
 
 def _open(path: str) -> tuple[fs.FileSystem, str]:
     if "://" in path:
-        filesystem, root = fs.FileSystem.from_uri(path)
-        return filesystem, root
+        try:
+            return fs.FileSystem.from_uri(path)
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError(
+                f"data.path is {path}, which Arrow cannot open ({error}); expected a folder, or a URI such as s3://bucket/folder"
+            ) from error
     return fs.LocalFileSystem(), path
 
 
 def _files(filesystem: fs.FileSystem, root: str, pattern: str) -> list[str]:
-    """Files below `root` that a folder name or a glob names, sorted, so that every rank agrees."""
-    base = root.rstrip("/") + "/" + pattern if pattern else root.rstrip("/")
-    folder, glob = base, "*.parquet"
-    if any(c in pattern for c in "*?["):
-        fixed = []
-        for part in base.split("/"):
-            if any(c in part for c in "*?["):
-                break
-            fixed.append(part)
-        folder, glob = "/".join(fixed), base
-    elif filesystem.get_file_info(base).type == fs.FileType.File:
-        return [base]
+    """Files below `root` that a file, a folder or a glob names, sorted, so that every rank agrees; none that are hidden."""
+    root = root.rstrip("/")
+    parts = [part for part in pattern.split("/") if part]
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+    folder = "/".join([root, *fixed])
+    if parts == fixed and filesystem.get_file_info(folder).type == fs.FileType.File:
+        return [folder]
+    # in `root` brackets are no pattern; `*` crosses folders
+    wanted = "/".join([glob.escape(root), *parts]) if parts != fixed else glob.escape(folder) + "/*.parquet"
     infos = filesystem.get_file_info(fs.FileSelector(folder or "/", recursive=True, allow_not_found=True))
-    paths = [info.path for info in infos if info.type == fs.FileType.File and not info.base_name.startswith(("_", "."))]
-    return sorted(path for path in paths if fnmatch.fnmatch(path, glob))
+    files = [info.path for info in infos if info.type == fs.FileType.File and fnmatch.fnmatch(info.path, wanted)]
+    # writers keep unfinished files in folders such as _temporary
+    return sorted(file for file in files if not any(part[0] in "_." for part in file[len(folder) + 1 :].split("/")))
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ class Reader:
         seed: what the order of rows and the dropped ids are drawn from.
         rank: this rank, 0 to `world_size` - 1.
         world_size: number of ranks.
-        training: shuffle as configured and drop ids; else file order and nothing dropped.
+        training: shuffle as configured and drop ids; else every epoch is dealt alike, and no ids are dropped.
         truth: also read the tasks' true probabilities.
 
     Raises:

@@ -6,9 +6,9 @@ rows into a `Batch`. Errors are raised by `encode`, which still knows the file a
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -55,27 +55,21 @@ class Batch(Pipelineable):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """The same batch on another device."""
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            movable = isinstance(value, Tensor | KeyedJaggedTensor)
-            moved[field.name] = value.to(device=device, non_blocking=non_blocking) if movable else value
-        return Batch(**moved)
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Keep this batch's memory until the work queued on `stream` is done."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor | KeyedJaggedTensor):
-                value.record_stream(stream)
+        return self._each(lambda part: part.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which copies to a GPU are asynchronous."""
-        pinned: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            pinned[field.name] = value.pin_memory() if isinstance(value, Tensor | KeyedJaggedTensor) else value
-        return Batch(**pinned)
+        return self._each(lambda part: part.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep this batch's memory until the work queued on `stream` is done."""
+        for part in vars(self).values():
+            if isinstance(part, Tensor | KeyedJaggedTensor):
+                part.record_stream(stream)
+
+    def _each(self, change: Callable) -> "Batch":
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{n: change(p) if isinstance(p, Tensor | KeyedJaggedTensor) else p for n, p in parts.items()})
 
 
 def hash_ints(values: np.ndarray) -> np.ndarray:
@@ -101,6 +95,7 @@ def hash_strings(values: pa.Array) -> np.ndarray:
     array([153, 761, 153], dtype=uint64)
     """
     values = values.cast(pa.large_binary())
+    values = values.fill_null(b"") if values.null_count else values
     num_values = len(values)
     offsets = np.frombuffer(values.buffers()[1], dtype=np.int64)[values.offset : values.offset + num_values + 1]
     start, stop = (int(offsets[0]), int(offsets[-1])) if num_values else (0, 0)
@@ -113,22 +108,13 @@ def hash_strings(values: pa.Array) -> np.ndarray:
         return hash_ints((sums[last] - sums[first]) * inverses[first] + (last - first).astype(np.uint64))
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+_NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+def _is(kind: pa.DataType, tests: Sequence[Callable[[pa.DataType], bool]]) -> bool:
     return any(test(kind) for test in tests)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_decimal(kind)
-    )
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -137,6 +123,18 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 def _apply(transform: Transform, values: np.ndarray) -> np.ndarray:
     return np.sign(values) * np.log1p(np.abs(values)) if transform is Transform.log1p else values
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where values were read, and the key of the configuration that asked for them."""
+
+    where: str
+    column: str
+    key: str = ""
+
+    def error(self, problem: str) -> DataError:
+        return DataError(f"{self.where}: column '{self.column}' {problem}")
 
 
 class Encoder:
@@ -158,30 +156,35 @@ class Encoder:
     @property
     def columns(self) -> list[str]:
         """Columns that have to be read from the files."""
-        data, tasks = self.data, self.data.tasks.values()
-        names = [data.column_of(name) for name in data.features] + [task.label for task in tasks]
-        names += [task.weight for task in tasks if task.weight]
-        names += [task.truth for task in tasks if self.truth and task.truth]
-        names += [name for name in (data.weight, data.group) if name]
-        names += [data.domain.column] if data.domain else []
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys(column for column, _, _ in self._expectations()))
 
     def check_schema(self, schema: pa.Schema, where: str) -> list[str]:
         """What is wrong with the columns of one file, one sentence a finding; empty when it can be read."""
         missing = [name for name in self.columns if name not in schema.names]
         findings = [f"{where}: column '{name}' is missing; {nearest(name, schema.names)}" for name in missing]
-        for name, feature in self.data.features.items():
-            column = self.data.column_of(name)
-            if column in schema.names:
-                kind = _plain(schema.field(column).type)
-                expected = _expected(feature, kind)
-                if expected:
-                    findings.append(f"{where}: column '{column}' of feature '{name}' is {kind}, expected {expected}")
-        numeric = [task.label for task in self.data.tasks.values()] + ([self.data.weight] if self.data.weight else [])
-        for column in dict.fromkeys(numeric):
-            if column in schema.names and not _is_number(schema.field(column).type):
-                findings.append(f"{where}: column '{column}' is {schema.field(column).type}, expected numbers")
+        for column, reader, expected_for in self._expectations():
+            # a file without rows, or with nulls alone, may be written without a type; `encode` looks at its nulls
+            kind = _plain(schema.field(column).type) if column in schema.names else pa.null()
+            expected = None if pa.types.is_null(kind) else expected_for(kind)
+            if expected:
+                findings.append(f"{where}: column '{column}' of {reader} is {kind}, expected {expected}")
         return findings
+
+    def _expectations(self) -> Iterator[tuple[str, str, Callable[[pa.DataType], str | None]]]:
+        """Each column, what of the configuration reads it, and what is to be expected of it instead of a type."""
+        data = self.data
+        for name, feature in data.features.items():
+            yield data.column_of(name), f"feature '{name}'", partial(_expected, feature)
+        for name, task in data.tasks.items():
+            for column in (task.label, task.weight, task.truth if self.truth else None):
+                if column:
+                    yield column, f"task '{name}'", _expected_number
+        if data.weight:
+            yield data.weight, "data.weight", _expected_number
+        if data.domain:
+            yield data.domain.column, "data.domain", _expected_key
+        if data.group:
+            yield data.group, "data.group", _expected_key
 
     def encode(self, table: pa.Table, where: str) -> pa.Table:
         """Canonical columns of one row group: an int64 or list<int64> a sparse feature, and stacked floats.
@@ -190,21 +193,15 @@ class Encoder:
             DataError: naming `where`, the column, the value and the remedy.
 
         """
-        table = table.combine_chunks()
-        columns = {
-            name: self._sparse(table, name, feature, where) for name, feature in self.data.sparse_features.items()
-        }
-        columns["/dense"] = _stack(self._dense(table, where), table.num_rows)
+        data, num_rows = self.data, table.num_rows
+        columns = {name: self._sparse(table, name, feature, where) for name, feature in data.sparse_features.items()}
+        columns["/dense"] = _stack(self._dense(table, where), num_rows)
         labels, weights = self._labels(table, where)
-        columns["/labels"], columns["/weights"] = _stack(labels, table.num_rows), _stack(weights, table.num_rows)
-        columns["/domain"] = self._domain(table, where)
-        columns["/group"] = self._group(table)
+        columns["/labels"], columns["/weights"] = _stack(labels, num_rows), _stack(weights, num_rows)
+        columns["/domain"], columns["/group"] = self._domain(table, where), self._group(table, where)
         if self.truth:
-            none = np.full(table.num_rows, np.nan, np.float32)
-            truths = [
-                self._floats(table, task.truth, where) if task.truth else none for task in self.data.tasks.values()
-            ]
-            columns["/truth"] = _stack(truths, table.num_rows)
+            none, names = np.full(num_rows, np.nan, np.float32), [task.truth for task in data.tasks.values()]
+            columns["/truth"] = _stack([_floats(table, n, where) if n else none for n in names], num_rows)
         return pa.table(columns)
 
     def collate(self, rows: pa.Table, size: int, dropped: dict[str, np.ndarray] | None = None) -> Batch:
@@ -244,16 +241,15 @@ class Encoder:
         )
 
     def _sparse(self, table: pa.Table, name: str, feature: FeatureConfig, where: str) -> pa.Array:
-        column = self.data.column_of(name)
-        array = _single(table, column)
+        place = _Place(where, self.data.column_of(name), f"data.features.{name}")
         if feature.kind is FeatureKind.id:
-            return self._ids(array, name, column, where)
-        if array.null_count:
-            self._null(array, column, where, f"data.features.{name}", "no ids")
+            return self._ids(_single(table, place.column, pa.int64()), name, feature, place)
+        array = _single(table, place.column, pa.list_(pa.int64()))
+        self._nulls(array, place, feature.allow_null, becomes="no ids")
         if pa.types.is_fixed_size_list(array.type):
             array = array.cast(pa.list_(array.type.value_type))
         offsets, ids = _list_parts(array)
-        ids = self._ids(ids, name, column, where)
+        ids = self._ids(ids, name, feature, place)
         if ids.null_count:
             keep = np.asarray(pc.is_valid(ids))
             offsets = np.concatenate([[0], np.cumsum(keep)])[offsets]
@@ -262,169 +258,186 @@ class Encoder:
             offsets, ids = _newest(offsets, ids, feature.max_length)
         return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), ids)
 
-    def _ids(self, array: pa.Array, name: str, column: str, where: str) -> pa.Array:
-        feature, table_name = self.data.features[name], self.data.table_of(name)
-        num_embeddings = self.data.tables[table_name].num_embeddings
-        if array.null_count:
-            self._null(array, column, where, f"data.features.{name}", "no id")
-        if pa.types.is_null(array.type):
+    def _ids(self, array: pa.Array, name: str, feature: FeatureConfig, place: _Place) -> pa.Array:
+        table = self.data.table_of(name)
+        num_embeddings = self.data.tables[table].num_embeddings
+        self._nulls(array, place, feature.allow_null, becomes="no id")
+        if pa.types.is_null(array.type):  # of empty lists alone
             array = array.cast(pa.int64())
-        mask = np.asarray(array.is_null()) if array.null_count else None
         if feature.hashed:
-            text = _is_text(array.type)
+            text = _is(array.type, _TEXTS)
             hashes = hash_strings(array) if text else hash_ints(array.fill_null(0).to_numpy(zero_copy_only=False))
+            mask = np.asarray(array.is_null()) if array.null_count else None
             return pa.array((hashes % np.uint64(num_embeddings)).astype(np.int64), mask=mask)
-        ids = array.cast(pa.int64())
-        if len(ids) > ids.null_count:
-            low, high = (pc.min_max(ids)[k].as_py() for k in ("min", "max"))
+        if len(array) > array.null_count:
+            low, high = (pc.min_max(array)[k].as_py() for k in ("min", "max"))
             if low < 0 or high >= num_embeddings:
-                raise DataError(
-                    f"{where}: column '{column}' of feature '{name}' holds id {low if low < 0 else high}, expected 0 to "
-                    f"{num_embeddings - 1}; raise data.tables.{table_name}.num_embeddings or set data.features.{name}.hashed=true"
+                raise place.error(
+                    f"of feature '{name}' holds id {low if low < 0 else high}, expected 0 to {num_embeddings - 1}; "
+                    f"raise data.tables.{table}.num_embeddings or set {place.key}.hashed=true"
                 )
-        return ids
+        return array.cast(pa.int64())
 
     def _dense(self, table: pa.Table, where: str) -> list[np.ndarray]:
         parts = []
         for name, feature in self.data.dense_features.items():
-            column = self.data.column_of(name)
-            array = _single(table, column)
+            place = _Place(where, self.data.column_of(name), f"data.features.{name}")
             if feature.kind is FeatureKind.vector:
-                array = self._vectors(array, name, column, where)
-            if array.null_count:
-                self._null(array, column, where, f"data.features.{name}", "0")
-                array = array.cast(pa.float32()).fill_null(0.0)
-            values = _apply(feature.transform, self._finite(array, column, where))
-            parts.append(values.reshape(table.num_rows, -1))
+                array, width = self._vectors(table, feature, place), feature.size
+            else:
+                array, width = _single(table, place.column, pa.float32()), 1
+            self._nulls(array, place, feature.allow_null, becomes="0")
+            parts.append(_apply(feature.transform, _finite(array, place)).reshape(-1, width))
         return parts
 
-    def _vectors(self, array: pa.Array, name: str, column: str, where: str) -> pa.Array:
-        size = self.data.features[name].size
+    def _vectors(self, table: pa.Table, feature: FeatureConfig, place: _Place) -> pa.Array:
+        array = _single(table, place.column, pa.list_(pa.float32()))
+        self._nulls(array, place, feature.allow_null, becomes="zeros")
         if array.null_count:
-            self._null(array, column, where, f"data.features.{name}", "zeros")
-            zeros = pa.array([[0.0] * size], array.type)
-            array = array.fill_null(zeros[0])
-        lengths = np.unique(np.asarray(pc.list_value_length(array)))
-        if lengths.size and lengths.tolist() != [size]:
-            wrong = next(n for n in lengths.tolist() if n != size)
-            raise DataError(
-                f"{where}: column '{column}' holds a vector of {wrong} floats, expected {size} (data.features.{name}.size)"
+            array = array.fill_null(pa.scalar([0] * feature.size, array.type))
+        lengths = np.asarray(pc.list_value_length(array))
+        if (lengths != feature.size).any():
+            wrong = lengths[lengths != feature.size][0]
+            raise place.error(
+                f"holds a vector of {wrong} floats, expected {feature.size}; mend the column or set {place.key}.size"
             )
         return array.flatten()
 
     def _labels(self, table: pa.Table, where: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        names = list(self.data.tasks)
-        base = self._weight(table, self.data.weight, where)
-        labels, valid = {}, {}
-        for name, task in self.data.tasks.items():
-            labels[name], valid[name] = self._label(table, name, task, where)
-        weights = []
-        for name, task in self.data.tasks.items():
-            weight = base * self._weight(table, task.weight, where) * valid[name]
-            weights.append(weight * (valid[task.condition] * labels[task.condition] > 0) if task.condition else weight)
-        return [labels[name] for name in names], weights
+        tasks, base = self.data.tasks, _weight(table, self.data.weight, where)
+        labels, weights, positive = [], [], {}
+        for name, task in tasks.items():
+            label, valid = self._label(table, name, task, where)
+            labels.append(label)
+            weights.append(base * _weight(table, task.weight, where) * valid)
+            positive[name] = label > 0  # a null label is 0 here
+        conditions = [task.condition for task in tasks.values()]
+        return labels, [w * positive[c] if c else w for w, c in zip(weights, conditions, strict=True)]
 
     def _label(self, table: pa.Table, name: str, task: TaskConfig, where: str) -> tuple[np.ndarray, np.ndarray]:
-        array = _single(table, task.label)
-        valid = np.asarray(array.is_valid())
-        if array.null_count:
-            self._null(array, task.label, where, f"data.tasks.{name}", "rows that do not count")
-            array = array.cast(pa.float32()).fill_null(0.0)
-        values = self._finite(array, task.label, where)
+        place = _Place(where, task.label, f"data.tasks.{name}")
+        array = _single(table, place.column, pa.float32())
+        self._nulls(array, place, task.allow_null, becomes="rows that do not count")
+        values = _finite(array, place)
         if task.kind is TaskKind.binary and len(values) and (values.min() < 0 or values.max() > 1):
             wrong = values.min() if values.min() < 0 else values.max()
-            raise DataError(
-                f"{where}: column '{task.label}' holds label {wrong:g} of binary task '{name}', expected 0 to 1; "
-                f"mend the column or set data.tasks.{name}.kind=regression"
+            raise place.error(
+                f"holds label {wrong:g} of binary task '{name}', expected 0 to 1; mend the column or set {place.key}.kind=regression"
             )
-        return _apply(task.label_transform, values), valid
-
-    def _weight(self, table: pa.Table, column: str | None, where: str) -> np.ndarray:
-        if column is None:
-            return np.ones(table.num_rows, np.float32)
-        values = self._floats(table, column, where)
-        if len(values) and values.min() < 0:
-            raise DataError(f"{where}: column '{column}' holds weight {values.min():g}, expected 0 or more")
-        return values
-
-    def _floats(self, table: pa.Table, column: str, where: str) -> np.ndarray:
-        array = _single(table, column)
-        if array.null_count:
-            row = int(np.flatnonzero(np.asarray(array.is_null()))[0])
-            raise DataError(f"{where}: column '{column}' is null in row {row}, expected a number")
-        return self._finite(array, column, where)
-
-    def _finite(self, array: pa.Array, column: str, where: str) -> np.ndarray:
-        values = array.cast(pa.float32()).to_numpy(zero_copy_only=False)
-        finite = np.isfinite(values)
-        if not finite.all():
-            row = int(np.flatnonzero(~finite)[0])
-            raise DataError(
-                f"{where}: column '{column}' holds {values[row]} at position {row}, expected finite float32 values"
-            )
-        return values
+        return _apply(task.label_transform, values), np.asarray(array.is_valid())
 
     def _domain(self, table: pa.Table, where: str) -> pa.Array:
         domain = self.data.domain
         if domain is None:
             return pa.array(np.zeros(table.num_rows, np.int64))
-        array, names = _single(table, domain.column), domain.names
-        ids = pc.index_in(array.cast(pa.string()), pa.array(names)) if _is_text(array.type) else array.cast(pa.int64())
+        array, names = _single(table, domain.column, pa.int64()), domain.names
+        if _is(array.type, _TEXTS):  # as bytes: binary need not be UTF-8
+            known = pa.array([name.encode() for name in names], pa.large_binary())
+            ids = pc.index_in(array.cast(pa.large_binary()), known).cast(pa.int64())
+        else:
+            ids = array.cast(pa.int64(), safe=False)
         bad = pc.fill_null(pc.or_(pc.less(ids, 0), pc.greater_equal(ids, len(names))), True)
         if pc.any(bad).as_py():
             value = array.filter(bad)[0].as_py()
-            raise DataError(
-                f"{where}: column '{domain.column}' holds domain {value!r}, unknown to data.domain.names; {nearest(str(value), names)}"
+            raise _Place(where, domain.column).error(
+                f"holds domain {value!r}, unknown to data.domain.names; {nearest(str(value), names)}"
             )
-        return ids.cast(pa.int64())
+        return ids
 
-    def _group(self, table: pa.Table) -> pa.Array:
+    def _group(self, table: pa.Table, where: str) -> pa.Array:
         if self.data.group is None:
             return pa.array(np.zeros(table.num_rows, np.int64))
-        array = _single(table, self.data.group)
-        if _is_text(array.type):
+        array = _single(table, self.data.group, pa.int64())
+        if array.null_count:
+            raise _Place(where, self.data.group).error(f"has {_count_nulls(array)}, expected a group; fill them")
+        if _is(array.type, _TEXTS):
             return pa.array(hash_strings(array).view(np.int64))
-        return array.cast(pa.int64()).fill_null(0)
+        return array.cast(pa.int64(), safe=False)  # uint64 wraps: groups are only told apart
 
-    def _null(self, array: pa.Array, column: str, where: str, key: str, becomes: str) -> None:
-        section, name = key.rsplit(".", 1)
-        allowed = self.data.tasks[name] if section == "data.tasks" else self.data.features[name]
-        if not allowed.allow_null:
-            row = int(np.flatnonzero(np.asarray(array.is_null()))[0])
-            raise DataError(
-                f"{where}: column '{column}' has {array.null_count} nulls, the first at position {row}; fill them, or set "
-                f"{key}.allow_null=true, which reads them as {becomes}"
+    def _nulls(self, array: pa.Array, place: _Place, allowed: bool, *, becomes: str) -> None:
+        """Count the nulls, or refuse them unless the configuration has `allowed` them."""
+        if array.null_count and not allowed:
+            raise place.error(
+                f"has {_count_nulls(array)}; fill them, or set {place.key}.allow_null=true, which reads them as {becomes}"
             )
-        self.repairs[f"{column}: null read as {becomes}"] += array.null_count
+        if array.null_count:
+            self.repairs[f"{place.column}: null read as {becomes}"] += array.null_count
+
+
+def _count_nulls(array: pa.Array) -> str:
+    first = int(np.flatnonzero(np.asarray(array.is_null()))[0])
+    return f"{array.null_count} nulls, the first at position {first}"
+
+
+def _finite(array: pa.Array, place: _Place) -> np.ndarray:
+    """Float32 values, nulls (which were looked at before) as 0."""
+    # safe=False: Arrow would refuse integers above 2**24, which round as any float does
+    values = array.cast(pa.float32(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
+    finite = np.isfinite(values)
+    if not finite.all():
+        position = int(np.flatnonzero(~finite)[0])
+        raise place.error(
+            f"holds {array[position]} at position {position}, expected finite float32 values; mend the column "
+            "(what is missing is a null, not NaN)"
+        )
+    return values
+
+
+def _floats(table: pa.Table, column: str, where: str) -> np.ndarray:
+    array, place = _single(table, column, pa.float32()), _Place(where, column)
+    if array.null_count:
+        raise place.error(f"has {_count_nulls(array)}, expected a number; fill them")
+    return _finite(array, place)
+
+
+def _weight(table: pa.Table, column: str | None, where: str) -> np.ndarray:
+    if column is None:
+        return np.ones(table.num_rows, np.float32)
+    values = _floats(table, column, where)
+    if len(values) and values.min() < 0:
+        raise _Place(where, column).error(f"holds weight {values.min():g}, expected 0 or more; mend the column")
+    return values
 
 
 def _expected(feature: FeatureConfig, kind: pa.DataType) -> str | None:
-    """What the column should be, or None if `kind` will do."""
+    """What the column of a feature should be, or None if `kind` will do."""
     if feature.kind in (FeatureKind.bag, FeatureKind.sequence, FeatureKind.vector):
-        if not _is_list(kind):
+        if not _is(kind, _LISTS):
             return "a list of floats" if feature.kind is FeatureKind.vector else "a list of ids"
         kind = _plain(kind.value_type)
     if feature.kind in (FeatureKind.dense, FeatureKind.vector):
-        return None if _is_number(kind) else "numbers"
-    if _is_text(kind):
+        return _expected_number(kind)
+    if _is(kind, _TEXTS):
         return None if feature.hashed else "integers (strings need hashed=true)"
-    # a column of empty lists or nulls alone may be written without a type; `encode` looks at its nulls
     return None if pa.types.is_integer(kind) or pa.types.is_null(kind) else "integers or strings"
 
 
-def _single(table: pa.Table, column: str) -> pa.Array:
-    array = table[column].combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    return array
+def _expected_number(kind: pa.DataType) -> str | None:
+    return None if _is(kind, _NUMBERS) else "numbers"
+
+
+def _expected_key(kind: pa.DataType) -> str | None:
+    return None if pa.types.is_integer(kind) or _is(kind, _TEXTS) else "integers or strings"
+
+
+def _chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _single(table: pa.Table, column: str, untyped: pa.DataType) -> pa.Array:
+    """A column in one piece; nulls of no type become those of type `untyped`."""
+    array = _decoded(_chunk(table[column]))
+    return array.cast(untyped) if pa.types.is_null(array.type) else array
+
+
+def _decoded(array: pa.Array) -> pa.Array:
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
 def _list_parts(array: pa.Array) -> tuple[np.ndarray, pa.Array]:
     """Offsets [n + 1] int64, starting at 0, and the flat values of a list array; a null list is empty."""
     lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), array.flatten()
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), _decoded(array.flatten())
 
 
 def _newest(offsets: np.ndarray, values: pa.Array, max_length: int) -> tuple[np.ndarray, pa.Array]:
@@ -446,14 +459,8 @@ def _stack(parts: Sequence[np.ndarray], num_rows: int) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(matrix).reshape(-1)), matrix.shape[1])
 
 
-def _chunk(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
-
-
 def _ragged(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Flat ids int64 and the number of ids a row."""
-    if column.length() == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     array = _chunk(column)
     if pa.types.is_large_list(array.type):
         offsets, values = _list_parts(array)
@@ -465,13 +472,12 @@ def _ragged(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 def _matrix(column: pa.ChunkedArray, size: int, width: int) -> Tensor:
     """[size, width] float32, zeros below the rows of `column`."""
     out = np.zeros((size, width), np.float32)
-    if width and column.length():
+    if width:
         out[: column.length()] = _chunk(column).flatten().to_numpy().reshape(-1, width)
     return torch.from_numpy(out)
 
 
 def _vector(column: pa.ChunkedArray, size: int) -> Tensor:
     out = np.zeros(size, np.int64)
-    if column.length():
-        out[: column.length()] = _chunk(column).to_numpy()
+    out[: column.length()] = _chunk(column).to_numpy()
     return torch.from_numpy(out)

@@ -139,6 +139,10 @@ class DomainConfig:
     column: str = MISSING  # integers 0 to len(names) - 1, or strings among `names`
     names: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ConfigError(f"data.domain.names is {self.names}, expected at least one name and none twice")
+
 
 @dataclass
 class DataConfig:
@@ -172,9 +176,8 @@ class DataConfig:
                 )
         for name, task in self.tasks.items():
             if task.condition is not None and (task.condition not in self.tasks or task.condition == name):
-                raise ConfigError(
-                    f"data.tasks.{name}.condition is '{task.condition}', expected another task: {nearest(task.condition, set(self.tasks) - {name})}"
-                )
+                others = nearest(task.condition, set(self.tasks) - {name})
+                raise ConfigError(f"data.tasks.{name}.condition is '{task.condition}', expected another task: {others}")
         unread = set(self.tables) - {self.table_of(n) for n in self.sparse_features}
         if unread:
             raise ConfigError(
