@@ -71,7 +71,6 @@ def load_data_config(file: Path) -> DataConfig:
     Raises:
         ConfigError: no such file.
         omegaconf.errors.OmegaConfBaseException: a key or a value that `DataConfig` does not know.
-
     """
     if not file.is_file():
         names = (other.name for other in file.parent.glob("*.yaml"))
@@ -89,7 +88,6 @@ def read_split(config: DataConfig, split: str) -> pa.Table:
     Raises:
         ConfigError: unknown split.
         DataError: no files or rows there, or columns that do not fit `config`.
-
     """
     found, encoder = Split(config, split), Encoder(config)
     found.check_schema(encoder)
@@ -183,7 +181,6 @@ def run_baseline(
     Raises:
         ConfigError: LightGBM is missing, an unknown split, or a task that `train` cannot teach.
         DataError: the files are not as `config` says.
-
     """
     load_lightgbm()
     tables = [read_split(config, split) for split in (train, test)]

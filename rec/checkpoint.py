@@ -1,15 +1,16 @@
 """Checkpoints: whole or invisible, readable by any number of ranks under any sharding plan.
 
-    checkpoints/step_000001000/checkpoint.json     step, score, world size, version of the format, configuration
+    checkpoints/step_000001000/checkpoint.json     step, score, world size, version of the format, sizes of the files
     checkpoints/step_000001000/.metadata, *.distcp torch.distributed.checkpoint: model, both optimizers
 
 A checkpoint is written into a hidden sibling and renamed when every rank is done, so that what has its name is complete.
+One that was cut short later (a full disk, an interrupted copy) shows by the sizes of its files and is passed over.
 """
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Info:
         stale_evals: evaluations since the best.
         world_size: ranks that wrote it; any number may read it.
         version: of the format.
-
+        files: name -> bytes, of the files beside checkpoint.json.
     """
 
     step: int
@@ -68,6 +69,28 @@ class Info:
     stale_evals: int = 0
     world_size: int = 1
     version: int = VERSION
+    files: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Info":
+        """What the checkpoint in the folder `path` says, less what only a newer version knows."""
+        said = json.loads((path / _INFO).read_text())
+        return cls(**{f.name: said[f.name] for f in fields(cls) if f.name in said})
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint in the folder `path`; None if nothing is."""
+    try:
+        files = Info.read(path).files
+    except (OSError, ValueError, TypeError) as error:
+        return f"{_INFO}: {error}"
+    for name in {".metadata", *files}:
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if name in files and file.stat().st_size != files[name]:
+            return f"{name} has {file.stat().st_size} bytes, {files[name]} were written"
+    return None
 
 
 class Checkpoints:
@@ -76,7 +99,6 @@ class Checkpoints:
     Args:
         folder: where they lie.
         config: which stay.
-
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
@@ -84,21 +106,24 @@ class Checkpoints:
         self.config = config
 
     def all(self) -> dict[Path, Info]:
-        """Complete checkpoints, oldest first."""
-        found = {}
-        for path in sorted(self.folder.glob("step_*")):
-            if (path / _INFO).is_file() and (path / ".metadata").is_file():
-                found[path] = Info(**json.loads((path / _INFO).read_text()))
-        return found
+        """Whole checkpoints, oldest first."""
+        return {path: Info.read(path) for path in sorted(self.folder.glob("step_*")) if not _damage(path)}
+
+    def damaged(self) -> dict[Path, str]:
+        """Checkpoints that cannot be read, with the reason, oldest first."""
+        return {path: why for path in sorted(self.folder.glob("step_*")) if (why := _damage(path))}
 
     def find(self, which: str = "latest") -> Path | None:
         """The checkpoint called `latest`, `best`, or by its step; None if there is none at all.
 
         Raises:
-            ConfigError: checkpoints, but not that one.
-
+            ConfigError: checkpoints, but not that one, or none that is whole.
         """
-        found = self.all()
+        found, damaged = self.all(), [f"{path} ({why})" for path, why in self.damaged().items()]
+        if damaged and not found:
+            raise ConfigError(
+                f"no whole checkpoint, only damaged ones: {'; '.join(damaged)}; move them away to start anew"
+            )
         if not found:
             return None
         if which == "latest":
@@ -112,6 +137,7 @@ class Checkpoints:
         steps = ", ".join(str(info.step) for info in found.values())
         raise ConfigError(
             f"no checkpoint '{which}' in {self.folder}; expected latest, best or one of the steps {steps}"
+            + (f"; damaged: {'; '.join(damaged)}" if damaged else "")
         )
 
     def save(self, state: dict[str, Any], info: Info) -> Path:
@@ -123,6 +149,7 @@ class Checkpoints:
 
         def publish() -> None:
             info.world_size = dist.get_world_size()
+            info.files = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
             (draft / _INFO).write_text(json.dumps(asdict(info)))
             shutil.rmtree(final, ignore_errors=True)
             draft.rename(final)
@@ -135,10 +162,9 @@ class Checkpoints:
         """Fill the tensors of `state` in place. Ranks wait for each other here.
 
         Raises:
-            ConfigError: the checkpoint does not fit the model, or was written by a newer version.
-
+            ConfigError: the checkpoint does not fit the model, or was written by a newer version of the format.
         """
-        info = Info(**json.loads((path / _INFO).read_text()))
+        info = Info.read(path)
         if info.version > VERSION:
             raise ConfigError(
                 f"{path} has format {info.version}, this version reads up to {VERSION}; update to read it"
@@ -157,7 +183,9 @@ class Checkpoints:
             (p for p in found if found[p].score is not None), key=lambda p: found[p].score or 0.0, reverse=True
         )
         keep = set(newest_first[: self.config.keep_last]) | set(best_first[: self.config.keep_best])
-        for path in set(found) - keep:
+        for path in set(found) - keep:  # hidden first: half a checkpoint must not have the name of one
+            path.rename(path.with_name(f".dropping_{path.name}"))
+        for path in self.folder.glob(".*_step_*"):  # also what a kill left behind
             shutil.rmtree(path, ignore_errors=True)
 
     def _on_main(self, action: Callable[[], None]) -> None:

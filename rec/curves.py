@@ -104,7 +104,6 @@ def group_auc(
     [0.5]
     >>> group_auc(np.array([7, 7, 8, 8, 9]), **rows, domain_id=np.array([0, 0, 1, 1, 2]), num_domains=3)
     [1.0, 0.0, None]
-
     """
     place = np.unique(groups, return_inverse=True)[1]
     if domain_id is not None:
@@ -146,7 +145,6 @@ def binary_metrics(
         truth: [3, K] float64, of the true probabilities.
         gauc: 0 to 1, passed on.
         ece_bins: of `expected_calibration_error`, 1 or more.
-
     """
     base_rate = _ratio(total["labels"], total["weight"])
     logloss = _ratio(total["logloss"], total["weight"])
@@ -181,7 +179,6 @@ def regression_metrics(total: dict[str, float]) -> MetricValues:
     Args:
         total: `rows` of weight above 0; the sum of `weight`, and of `labels`, `preds`, `absolute_error` and
             `squared_error`, each times weight.
-
     """
     mean_squared = _ratio(total["squared_error"], total["weight"])
     return {

@@ -66,7 +66,6 @@ class Split:
     Raises:
         ConfigError: no such split.
         DataError: no files, or a file that cannot be read.
-
     """
 
     def __init__(self, data: DataConfig, name: str) -> None:
@@ -169,7 +168,6 @@ class Reader:
     Raises:
         ConfigError: no such split.
         DataError: no files, no rows, unreadable files, or columns that do not fit the configuration.
-
     """
 
     def __init__(

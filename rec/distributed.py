@@ -44,7 +44,6 @@ def process_group(*, timeout_s: float = 600) -> Iterator[Rank]:
 
     Args:
         timeout_s: seconds that a rank waits for the others in a collective before it gives up.
-
     """
     _quieten()
     if "RANK" not in os.environ:
@@ -101,7 +100,6 @@ def run_entry(entry: Callable[[], None], *, quiet: tuple[type[Exception], ...] =
     Args:
         entry: what to run.
         quiet: exceptions whose message says enough without a traceback.
-
     """
     try:
         entry()

@@ -1,5 +1,6 @@
 """Evaluate a run's checkpoint on a split. `torchrun --standalone --nproc-per-node 2 -m rec.evaluate run_dir=DIR`"""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,9 @@ def run(arguments: list[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(ABOUT)
         return
+    for argument in arguments:
+        if not re.match("[^=-][^=]*=", argument):
+            raise ConfigError(f"'{argument}': expected key=value; --help says which")
     given = dict(argument.partition("=")[::2] for argument in arguments)
     if "run_dir" not in given:
         raise ConfigError("run_dir=DIR is missing: the folder of the run to evaluate")

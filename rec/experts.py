@@ -53,7 +53,6 @@ class StackedMLP(nn.Module):
         in_features: width of the input.
         layer_sizes: widths of the layers, ReLU after each.
         activate_last: whether the last layer has its ReLU.
-
     """
 
     def __init__(self, num: int, in_features: int, layer_sizes: list[int], *, activate_last: bool = True) -> None:
@@ -85,7 +84,6 @@ class Mixture:
     Attributes:
         values: [B, T, H].
         gate_weights: [B, T, N], 0 to 1, summing to 1 over N; None where there are no gates.
-
     """
 
     values: Tensor

@@ -41,7 +41,6 @@ class Batch(Pipelineable):
         group_id: [B] int64.
         truth: [B, T] float32, true probabilities where a simulator knows them, else NaN; None if no task has them.
         num_rows: rows that are not padding, 0 to B.
-
     """
 
     sparse_features: KeyedJaggedTensor
@@ -143,7 +142,6 @@ class Encoder:
     Args:
         data: description of the data set.
         truth: also read the tasks' true probabilities.
-
     """
 
     def __init__(self, data: DataConfig, *, truth: bool = False) -> None:
@@ -191,7 +189,6 @@ class Encoder:
 
         Raises:
             DataError: naming `where`, the column, the value and the remedy.
-
         """
         data, num_rows = self.data, table.num_rows
         columns = {name: self._sparse(table, name, feature, where) for name, feature in data.sparse_features.items()}
@@ -211,7 +208,6 @@ class Encoder:
             rows: canonical rows, at most `size`.
             size: B.
             dropped: feature -> [len(rows)] bool, rows that lose their ids of that feature.
-
         """
         lengths = np.zeros((len(self.keys), size), np.int32)
         values = []

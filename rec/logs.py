@@ -18,7 +18,6 @@ added, never renamed. After a resume steps may repeat: the last line of a step c
 
 import json
 import math
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,10 @@ class RunLog:
     Args:
         run_dir: folder of the run.
         active: whether to write anything.
-
     """
 
     def __init__(self, run_dir: Path, *, active: bool) -> None:
         self.active = active
-        self.interactive = sys.stdout.isatty()
         if active:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0 alone needs it
 
@@ -98,7 +95,6 @@ def table_of(result: EvalResult, *, domains: bool = False) -> str:
     Args:
         result: what was measured.
         domains: also a line for each domain.
-
     """
     lines = []
     for task, values in result.metrics.items():

@@ -20,7 +20,6 @@ class Losses:
     Attributes:
         total: scalar, what is differentiated.
         by_task: [T], unweighted mean loss of each task; 0 where a task has no rows in the step.
-
     """
 
     total: Tensor
@@ -45,7 +44,6 @@ class MultitaskLoss(nn.Module):
             labels: [B, T].
             weights: [B, T], >= 0.
             global_weights: [T], the sum of `weights` over the rows of all ranks.
-
         """
         losses = torch.stack([self._row_losses(k, logits[:, k], labels[:, k]) for k in range(len(self.kinds))], dim=1)
         sums = torch.where(weights > 0, losses * weights, 0.0).sum(dim=0)

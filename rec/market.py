@@ -109,7 +109,6 @@ class MarketConfig:
 
     Raises:
         ConfigError: a size is below 1.
-
     """
 
     num_users: int = 50_000

@@ -185,7 +185,6 @@ class MultitaskMetrics(Metric):
 
         Raises:
             ValueError: naming the task, the value and the row, where a row that counts holds what it must not.
-
         """
         self._check_shapes(logits, labels, weights, domain_id, group_id, truth)
         if not len(logits):

@@ -30,7 +30,6 @@ class Outputs:
     Attributes:
         logits: [B, T] float32; of a regression, predictions.
         gate_weights: [B, T, N] float32 or None.
-
     """
 
     logits: Tensor
@@ -44,7 +43,6 @@ class Ranker(nn.Module):
         config: the stages.
         data: description of the data set.
         device: where the tables are made; `meta` leaves them to the sharder.
-
     """
 
     def __init__(self, config: ModelConfig, data: DataConfig, *, device: torch.device | None = None) -> None:

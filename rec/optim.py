@@ -58,7 +58,8 @@ class SparseConfig:
     scheduled: bool = True  # whether the schedule applies to the tables too
 
     def __post_init__(self) -> None:
-        check_range("optim.sparse.lr", self.lr, 0, 1e3)
+        check_range("optim.sparse.lr", self.lr, 1e-12, 1e3)
+        check_range("optim.sparse.eps", self.eps, 1e-30, 1e3)
 
 
 @dataclass
@@ -72,7 +73,8 @@ class DenseConfig:
     clip_grad_norm: float | None = None  # > 0; the dense gradients' global 2-norm is cut to this
 
     def __post_init__(self) -> None:
-        check_range("optim.dense.lr", self.lr, 0, 1e3)
+        check_range("optim.dense.lr", self.lr, 1e-12, 1e3)
+        check_range("optim.dense.eps", self.eps, 1e-30, 1e3)
         check_range("optim.dense.weight_decay", self.weight_decay, 0, 1e3)
         check_range("optim.dense.clip_grad_norm", self.clip_grad_norm, 1e-12, 1e12)
 
@@ -118,7 +120,6 @@ def fused_params(config: SparseConfig, device: torch.device) -> dict:
 
     Raises:
         ConfigError: an optimizer that FBGEMM does not have on this device.
-
     """
     if device.type == "cpu" and config.kind not in _ON_CPU:
         names = ", ".join(kind.name for kind in _ON_CPU)
@@ -132,7 +133,6 @@ class Optimizers:
     Args:
         model: the sharded model; its fused optimizer is found in it.
         config: both optimizers' settings.
-
     """
 
     def __init__(self, model: DistributedModelParallel, config: OptimConfig) -> None:

@@ -44,7 +44,6 @@ class Past:
     >>> past = Past(np.zeros(4, int), np.array([10, 20, 20, 30]))
     >>> past.count().tolist()  # the two of time 20 do not see each other
     [0, 1, 1, 3]
-
     """
 
     def __init__(self, group: np.ndarray, time: np.ndarray, *, events: np.ndarray | None = None) -> None:
@@ -136,7 +135,6 @@ def rate_columns(
             the groups in its list).
         time: [N] int64, milliseconds.
         outcomes: [N, K], 0 to 1.
-
     """
     base = base_rates(time, outcomes)
     found: dict[str, np.ndarray] = {}

@@ -114,7 +114,6 @@ def prepare_kuairand(
     Raises:
         RawDataError: raw files that cannot be read; `out` is then as it was.
         ConfigError: `out` holds something else and `overwrite` is False.
-
     """
     out = out.resolve()
     files = kuairand.find_files(raw, random_log=random_log)

@@ -44,7 +44,6 @@ def read_columns(file: Path, columns: Mapping[str, bool], *, text: Collection[st
 
     Raises:
         RawDataError: no such file or column, a value that is no number, an empty cell where none is allowed.
-
     """
     if not file.is_file():
         raise RawDataError(f"{file} is missing: --raw needs the official layout, DIR or DIR/data with this file in it")

@@ -69,7 +69,6 @@ def plan_tables(
 
     Raises:
         ConfigError: the planner finds no place for some table.
-
     """
     world_size = dist.get_world_size()
     constraints = {}

@@ -254,7 +254,6 @@ def is_done(out: Path, arguments: dict) -> bool:
 
     Raises:
         ConfigError: it holds something else, which is left as it is.
-
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -294,7 +293,6 @@ def simulate(out: str | Path, *, rows: int = 600_000, seed: int = 0, market: Mar
 
     Raises:
         ConfigError: an argument is out of range, or `out` holds something else.
-
     """
     market, out = market or MarketConfig(), Path(out).absolute()
     if rows < 10 * PAGE or seed < 0:

@@ -10,29 +10,38 @@ from pathlib import Path
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from rec.schema import ConfigError
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """Every combination of swept values, with Hydra's grammar: `a=1,2`, `b=range(1,3)`, `c=choice(x,y)`, `d=glob(*)` not.
+    """Every combination of swept values, with Hydra's grammar: `a=1,2`, `b=range(1,3)`, `c=choice(x,y)`.
 
     >>> expand(["seed=1,2", "experts=mmoe"])
     [['seed=1', 'experts=mmoe'], ['seed=2', 'experts=mmoe']]
+
+    Raises:
+        ConfigError: overrides outside the grammar, or a sweep without a list of values (`glob`, `interval`).
     """
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError(f"cannot read the overrides: {error}") from error
-    choices = []
-    for override in parsed:
-        key = override.get_key_element()
-        values = (
-            override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
-        )
-        choices.append([f"{key}={value}" for value in values])
-    return [list(job) for job in product(*choices)]
+    return [list(job) for job in product(*map(_values, parsed))]
+
+
+def _values(override: Override) -> list[str]:
+    """The overrides that one stands for: itself, as it was written, unless it is swept."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    try:
+        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    except HydraException as error:
+        raise ConfigError(
+            f"'{override.input_line}' cannot be swept ({error}); list the values: {override.key_or_group}=a,b"
+        ) from error
 
 
 def sweep(overrides: Sequence[str], *, config_dir: str | None = None) -> None:
@@ -40,7 +49,6 @@ def sweep(overrides: Sequence[str], *, config_dir: str | None = None) -> None:
 
     Raises:
         ConfigError: some job's configuration cannot be run (none is started), or a job failed (the others ran).
-
     """
     from rec.config import compose
 
@@ -55,15 +63,18 @@ def sweep(overrides: Sequence[str], *, config_dir: str | None = None) -> None:
         )
     )
     jobs = expand([o for o in overrides if not o.startswith("run_dir=")])
+    jobs = [[*job, f"run_dir={folder / str(number)}"] for number, job in enumerate(jobs)]
     for job in jobs:
-        compose(job, config_dir=config_dir)
+        try:
+            compose(job, config_dir=config_dir)
+        except ConfigError as error:
+            raise ConfigError(f"no job was started, for one cannot be run: {' '.join(job)}: {error}") from error
     extra = ["--config-dir", config_dir] if config_dir else []
     failed = []
     for number, job in enumerate(jobs):
-        run_dir = folder / str(number)
-        print(f"[{number + 1}/{len(jobs)}] {' '.join(job)} run_dir={run_dir}", flush=True)
-        code = subprocess.run([*torchrun(), "-m", "rec.train", *extra, *job, f"run_dir={run_dir}"]).returncode
-        failed += [str(run_dir)] if code else []
+        print(f"[{number + 1}/{len(jobs)}] {' '.join(job)}", flush=True)
+        code = subprocess.run([*torchrun(), "-m", "rec.train", *extra, *job]).returncode
+        failed += [str(folder / str(number))] if code else []
     if failed:
         raise ConfigError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -72,20 +73,29 @@ def build_model(config: Config, rank: Rank, local_batch_size: int) -> tuple[torc
 
 def train(config: Config, rank: Rank) -> None:
     """One run, from its configuration to its last checkpoint."""
+    with closing(RunLog(Path(config.run_dir or ""), active=rank.is_main)) as log:
+        _train(config, rank, log)
+
+
+def _train(config: Config, rank: Rank, log: RunLog) -> None:
     run_dir = Path(config.run_dir or "")
-    log = RunLog(run_dir, active=rank.is_main)
     trainer = build(config, rank, log)
-    if rank.is_main:
-        configuration.save(config, run_dir / "config.yaml")
+    for path, why in trainer.checkpoints.damaged().items():
+        trainer.event("warning", message=f"{path} is damaged ({why}) and passed over")
+        log.say(f"{path} is damaged ({why}) and passed over")
     resumed_from = _resume(config, trainer)
+    if rank.is_main:  # not before: what is refused leaves the folder's configuration as it was
+        configuration.save(config, run_dir / "config.yaml")
     _announce(config, rank, trainer, resumed_from)
     started = time.monotonic()
-    reason = trainer.train() if trainer.info.step < trainer.total_steps else "was done already"
+    reason = "was done already" if trainer.finished else None
+    if not reason:
+        trainer.train()
+        reason = trainer.finished
     for repair, count in trainer.reader.encoder.repairs.items():
         trainer.event("warning", message=f"{repair}: {count} values on rank 0")
     trainer.event("end", reason=reason, seconds=time.monotonic() - started)
     log.say(f"\n{reason} at step {trainer.info.step:,}; logs, checkpoints and configuration are in {run_dir}")
-    log.close()
 
 
 def _resume(config: Config, trainer: Trainer) -> str | None:

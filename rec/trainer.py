@@ -76,7 +76,6 @@ class Trainer:
         metrics: what is measured on them.
         checkpoints: where states are kept.
         log: where events go.
-
     """
 
     def __init__(
@@ -110,30 +109,35 @@ class Trainer:
         self.info = Info(step=0, rows=0)
         self._window = _Window(len(tasks), rank.device)
 
-    def train(self) -> str:
-        """Train from where the state stands to the end; gives the reason why it ended. Ranks stay in step throughout."""
+    def train(self) -> None:
+        """Train from where the state stands until `finished`. Ranks stay in step throughout."""
         self.model.train()
-        batches = self.reader.batches(self.info.step, self.total_steps)
         with self._progress() as progress:
-            for batch in batches:
+            for batch in self.reader.batches(self.info.step, self.total_steps):
                 losses, grad_norm = self.train_step(batch)
                 self._count(batch, losses, progress)
-                done = self.info.step == self.total_steps
-                if done or self._due(self.config.log_every_steps):
+                last = self.info.step == self.total_steps
+                if last or self._due(self.config.log_every_steps):
                     self._log_train(grad_norm, progress)
-                if done or self._due(self.config.eval_every_steps):
+                if last or self._due(self.config.eval_every_steps):
                     self._evaluate()
-                new_best = (
-                    self.info.score is not None and self.info.stale_evals == 0 and self.checkpoints.config.keep_best > 0
-                )
-                stop = (
-                    self.config.early_stop_evals is not None and self.info.stale_evals >= self.config.early_stop_evals
-                )
-                if done or stop or new_best or self._due(self.checkpoints.config.every_steps):
+                if self.finished or self._is_best or self._due(self.checkpoints.config.every_steps):
                     self._save()
-                if stop:
-                    return f"no better {self.config.monitor} in {self.info.stale_evals} evaluations"
-        return "all steps done"
+                if self.finished:
+                    break
+
+    @property
+    def finished(self) -> str | None:
+        """Why there is nothing left to train, or None."""
+        patience, stale = self.config.early_stop_evals, self.info.stale_evals
+        if patience is not None and stale >= patience:
+            return f"no better {self.config.monitor} in {stale} evaluations"
+        return "all steps done" if self.info.step >= self.total_steps else None
+
+    @property
+    def _is_best(self) -> bool:
+        """Whether this step was evaluated, is the best so far, and best checkpoints are kept."""
+        return self.checkpoints.config.keep_best > 0 and self.info.score is not None and self.info.stale_evals == 0
 
     def train_step(self, batch: Batch) -> tuple[Losses, torch.Tensor]:
         """One step of all ranks: their batches together are one batch, and the loss is its mean."""
@@ -287,7 +291,6 @@ def evaluate(
         metrics: reset, filled and computed here.
         device: where the model lives.
         max_steps: steps at most; None for the whole split.
-
     """
     model.eval()
     metrics.reset()

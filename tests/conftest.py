@@ -65,15 +65,24 @@ def kuairand() -> Path:
 
 
 def toy_overrides(toy: Path, *more: str) -> list[str]:
-    small = ["reader.global_batch_size=50", "reader.shuffle_rows=300", "model.experts.layer_sizes=[16,8]", "model.towers.layer_sizes=[4]"]
+    small = [
+        "reader.global_batch_size=50",
+        "reader.shuffle_rows=300",
+        "model.experts.layer_sizes=[16,8]",
+        "model.towers.layer_sizes=[4]",
+    ]
     return ["data=toy", f"data.path={toy}", *small, "sharding.column_width=4", *more]
 
 
-def torchrun(*command: str, ranks: int = 2, timeout: float = 240, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    *command: str, ranks: int = 2, timeout: float = 240, check: bool = True, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Start real ranks of `-m MODULE ARGS...` or `SCRIPT ARGS...` and wait for them."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+    done = subprocess.run(
+        [*launcher, *command], capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT
+    )
     if check and done.returncode:
         pytest.fail(f"{' '.join(command)} on {ranks} ranks ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
