@@ -10,7 +10,8 @@ from rec.distributed import run_entry
 from rec.train import run
 from tests.conftest import toy_overrides
 
-if len(sys.argv) > 3 and os.environ["RANK"] == sys.argv[3]:
+
+def fail_at_step_3() -> None:
     make = Reader._batch
 
     def fail(reader: Reader, step: int, *rest: object) -> object:
@@ -20,7 +21,14 @@ if len(sys.argv) > 3 and os.environ["RANK"] == sys.argv[3]:
 
     Reader._batch = fail
 
-changes = [f"run_dir={sys.argv[2]}", "trainer.num_epochs=50", "checkpoint.resume=auto"]
-if len(sys.argv) == 3:
-    changes += ["trainer.max_steps=4", "trainer.eval_steps=1"]
-run_entry(lambda: run(compose(toy_overrides(Path(sys.argv[1]), *changes), config_dir="tests/conf")))
+
+def main() -> None:
+    data, run_dir, *failing = sys.argv[1:]
+    if failing == [os.environ["RANK"]]:
+        fail_at_step_3()
+    changes = ["trainer.num_epochs=50"] if failing else ["trainer.max_steps=4", "trainer.eval_steps=1"]
+    run(compose(toy_overrides(Path(data), f"run_dir={run_dir}", *changes), config_dir="tests/conf"))
+
+
+if __name__ == "__main__":
+    run_entry(main)
