@@ -14,6 +14,7 @@ columns, d network width, T tasks, N experts, H expert width.
     prepare       a public data set's raw files -> Parquet
 
   read
+    hashing       ids of any kind -> uint64, the same in serving
     features      columns -> Batch: KeyedJaggedTensor, dense [B, F], labels and weights [B, T], domain_id and group_id [B]
     data          Parquet, seed, step -> this rank's Batch
 

@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rec.data import Split
-from rec.features import DataError, Encoder, hash_strings
+from rec.features import DataError, Encoder
+from rec.hashing import hash_strings
 from rec.schema import ConfigError, DataConfig, FeatureConfig, FeatureKind, TaskConfig, TaskKind, nearest
 
 MAX_CATEGORIES = 64  # more values than this split better as ordered numbers
