@@ -6,6 +6,7 @@ columns, d network width, T tasks, N experts, H expert width.
     schema        YAML of a data set -> DataConfig: columns, tables, tasks, domains
 
   get data
+    population    seed -> users, queries, listings and shops of the simulated market
     market        seed -> chunks of simulated impressions with known probabilities
     simulate      market -> Parquet
     past          rows in time order -> what was known strictly before each

@@ -33,18 +33,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from rec.market import (
-    CHUNK_ROWS,
-    PAGE,
-    TASKS,
-    TEXT_SIZE,
-    Clock,
-    History,
-    Impressions,
-    Market,
-    MarketConfig,
-    Probabilities,
-)
+from rec.market import CHUNK_ROWS, PAGE, TASKS, Clock, Impressions, Market, Probabilities
+from rec.population import TEXT_SIZE, History, MarketConfig
 from rec.schema import ConfigError
 
 FORMAT = 1  # raise it when the same arguments no longer give the same bytes

@@ -7,21 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rec.market import (
-    CHUNK_ROWS,
-    HISTORY_LENGTH,
-    PAGE,
-    SEGMENTS,
-    TASKS,
-    TEXT_SIZE,
-    Bags,
-    Clock,
-    History,
-    Market,
-    MarketConfig,
-    ZipfSampler,
-)
-from rec.schema import ConfigError
+from rec.market import CHUNK_ROWS, PAGE, TASKS, Clock, Market
+from rec.population import HISTORY_LENGTH, SEGMENTS, TEXT_SIZE, History, MarketConfig
 from rec.simulate import chunks
 
 SMALL = MarketConfig(
@@ -153,43 +140,6 @@ def test_taste_shows(columns: dict[str, np.ndarray], log: pa.Table) -> None:
     assert np.corrcoef(np.array(nearest)[known], np.log(truth[known]))[0, 1] > 0.15
 
 
-def test_history_append_equals_deques() -> None:
-    rng = np.random.default_rng(0)
-    history, expected = History(7), [deque(maxlen=HISTORY_LENGTH) for _ in range(7)]
-    for size in (0, 5, 200, 1, 30):
-        users, listings = rng.integers(7, size=size), rng.integers(1000, size=size)
-        history.append(users, listings)
-        for user, listing in zip(users, listings, strict=True):
-            expected[user].append(listing)
-        padded = [[-1] * (HISTORY_LENGTH - len(clicks)) + list(clicks) for clicks in expected]
-        np.testing.assert_array_equal(history.of(np.arange(7)), padded)
-
-
-def test_zipf_sampler_draws_in_proportion_and_within_groups() -> None:
-    rng = np.random.default_rng(0)
-    group = rng.integers(3, size=30)
-    sampler = ZipfSampler(rng, group)
-    ids = sampler.draw_any(rng, 300_000)
-    np.testing.assert_allclose(
-        np.bincount(ids, minlength=30) / 300_000, sampler.weights / sampler.weights.sum(), atol=3e-3
-    )
-    wanted = rng.integers(3, size=1000)
-    drawn = sampler.draw(rng.random(1000), group=wanted, anywhere=np.zeros(1000, bool))
-    np.testing.assert_array_equal(group[drawn], wanted)
-
-
-def test_bags_take_and_mean_equal_loops() -> None:
-    rng = np.random.default_rng(0)
-    category, factors = rng.integers(40, size=50), rng.normal(size=(200, 3))
-    bags = Bags(rng, mean=2, category=category, num_ids=200)
-    everything = np.split(bags.take(np.arange(50)), np.cumsum(bags.lengths)[:-1])
-    assert min(map(len, everything)) == 0
-    owners = rng.integers(50, size=300)
-    np.testing.assert_array_equal(bags.take(owners), np.concatenate([everything[owner] for owner in owners]))
-    means = [factors[bag].mean(axis=0) if len(bag) else np.zeros(3) for bag in everything]
-    np.testing.assert_allclose(bags.mean_of(factors), means, atol=1e-12)
-
-
 def test_world_depends_on_the_seed_and_shows_every_placement() -> None:
     worlds = [Market(SMALL, seed=seed) for seed in (0, 0, 1)]
     shown = [w.show(np.random.default_rng(5), Clock(), History(SMALL.num_users)) for w in worlds]
@@ -198,9 +148,3 @@ def test_world_depends_on_the_seed_and_shows_every_placement() -> None:
     assert np.abs(scores[0] - scores[2]).mean() > 0.5
     assert scores[0].shape == (CHUNK_ROWS, len(TASKS))
     assert set(np.unique(shown[0].placement)) == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("name", list(vars(MarketConfig())))
-def test_a_size_below_one_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is 0, expected 1 or more"):
-        MarketConfig(**{name: 0})

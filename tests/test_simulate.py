@@ -9,8 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from rec import market as world
+from rec import population
 from rec import simulate as sim
-from rec.market import Market, MarketConfig
+from rec.market import Market
+from rec.population import MarketConfig
 from rec.schema import ConfigError, DataConfig, FeatureKind
 from rec.simulate import simulate
 
@@ -168,14 +170,14 @@ def test_yaml_tables_are_the_sizes_of_the_default_market(market: DataConfig) -> 
         table = {"queries": "query"}.get(name.removeprefix("num_"), name.removeprefix("num_").removesuffix("s"))
         assert sizes.pop(table) == size
     assert sizes == {
-        "query_category": world.NUM_CATEGORIES,
-        "listing_category": world.NUM_CATEGORIES,
-        "country": world.NUM_COUNTRIES,
-        "device": world.NUM_DEVICES,
+        "query_category": population.NUM_CATEGORIES,
+        "listing_category": population.NUM_CATEGORIES,
+        "country": population.NUM_COUNTRIES,
+        "device": population.NUM_DEVICES,
         "hour": 24,
         "weekday": 7,
-        "price_band": world.NUM_PRICE_BANDS,
-        "user_segment": len(world.SEGMENTS),
+        "price_band": population.NUM_PRICE_BANDS,
+        "user_segment": len(population.SEGMENTS),
         "placement": len(world.PLACEMENTS),
     }
 
