@@ -1,3 +1,4 @@
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from rec.model import Ranker
 from rec.schema import ConfigError, FeatureKind, ShardingType
 from rec.train import ABOUT
 from tests.conftest import CONF as TEST_CONF
+from tests.conftest import ROOT
 
 TOY = ["data=toy", "data.path=/nowhere"]
 KINDS = {"experts": EXPERTS_KINDS, "interaction": INTERACTION_KINDS}
@@ -417,3 +419,11 @@ class TestCommandLine:
         self.call(monkeypatch, "--cfg", "--config-dir", str(TEST_CONF), *TOY)
         refusal("seeed=1")
         assert Path.cwd() == empty_cwd and list(empty_cwd.iterdir()) == []
+
+
+def test_the_data_set_of_the_readme_composes(tmp_path: Path) -> None:
+    (yaml_block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text(yaml_block)
+    data = compose(["data=mine"], config_dir=str(tmp_path)).data
+    assert list(data.tasks) == ["click", "purchase"] and data.table_of("history") == "item"
