@@ -1,6 +1,7 @@
 """Checkpoints: whole or invisible, readable by any number of ranks under any sharding plan.
 
     checkpoints/step_000001000/checkpoint.json     step, score, world size, version of the format, sizes of the files
+    checkpoints/step_000001000/config.yaml         the configuration that wrote it
     checkpoints/step_000001000/.metadata, *.distcp torch.distributed.checkpoint: model, both optimizers
 
 A checkpoint is written into a hidden sibling and renamed when every rank is done, so that what has its name is complete.
@@ -99,11 +100,13 @@ class Checkpoints:
     Args:
         folder: where they lie.
         config: which stay.
+        settings: the run's configuration as YAML, kept in every checkpoint.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, *, settings: str = "") -> None:
         self.folder = folder
         self.config = config
+        self.settings = settings
 
     def all(self) -> dict[Path, Info]:
         """Whole checkpoints, oldest first."""
@@ -148,6 +151,7 @@ class Checkpoints:
         dcp.save(state, checkpoint_id=str(draft))
 
         def publish() -> None:
+            (draft / "config.yaml").write_text(self.settings)
             info.world_size = dist.get_world_size()
             info.files = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
             (draft / _INFO).write_text(json.dumps(asdict(info)))

@@ -159,9 +159,14 @@ def _check_names(value: Any, where: str = "") -> None:
             _check_names(item, f"{where}{name}.")
 
 
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
 def save(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `load` reads."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+    path.write_text(to_yaml(config))
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -285,7 +290,7 @@ def main(run: Callable[[Config], None], *, about: str) -> None:
 
         return sweep(overrides, config_dir=args.config_dir)
     if args.cfg:
-        print(OmegaConf.to_yaml(OmegaConf.create(plain(compose(overrides, config_dir=args.config_dir)))), end="")
+        print(to_yaml(compose(overrides, config_dir=args.config_dir)), end="")
         return None
     return run(compose(overrides, config_dir=args.config_dir))
 

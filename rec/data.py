@@ -237,20 +237,18 @@ class Reader:
     def _load(self, block: Block) -> tuple[pa.Table, np.ndarray, np.ndarray]:
         """This rank's rows of a block in the order of the steps, the lane of each, and the number of them a step."""
         num_lanes, num_rows = self.config.global_batch_size, block.stop - block.start
-        bounds = (
-            np.arange(self.lanes[0], self.lanes[1] + 1) * num_rows // num_lanes
-        )  # where each lane begins in the block
-        rows = self._read_range(block.epoch, block.start + int(bounds[0]), block.start + int(bounds[-1]))
+        # where each lane begins in the block, and for every row its lane and the step of the block that takes it
+        bounds = np.arange(self.lanes[0], self.lanes[1] + 1) * num_rows // num_lanes
         lanes = np.repeat(np.arange(*self.lanes), np.diff(bounds))
-        turn = np.arange(bounds[0], bounds[-1]) - np.repeat(
-            bounds[:-1], np.diff(bounds)
-        )  # step of the block that takes the row
-        if self.training and self.config.shuffle:
-            keys = self._rng(1, block.epoch, block.index).random(num_rows, np.float32)[bounds[0] : bounds[-1]]
-            rows = rows.take(pa.array(np.lexsort((keys, lanes))))  # lanes stay in place, the rows of each are permuted
+        turn = np.arange(bounds[0], bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
         order = np.lexsort((lanes, turn))
+        taken = order
+        if self.training and self.config.shuffle:  # lanes stay in place, the rows of each are permuted
+            keys = self._rng(1, block.epoch, block.index).random(num_rows, np.float32)[bounds[0] : bounds[-1]]
+            taken = np.lexsort((keys, lanes))[order]
+        rows = self._read_range(block.epoch, block.start + int(bounds[0]), block.start + int(bounds[-1]))
         counts = np.bincount(turn, minlength=block.num_steps)
-        return rows.take(pa.array(order)).combine_chunks(), lanes[order], counts
+        return rows.take(pa.array(taken)).combine_chunks(), lanes[order], counts
 
     def _read_range(self, epoch: int, start: int, stop: int) -> pa.Table:
         """Rows `[start, stop)` of the stream of an epoch."""

@@ -41,6 +41,7 @@ def build(config: Config, rank: Rank, log: RunLog) -> Trainer:
     )
     model, optimizers = build_model(config, rank, reader.local_batch_size)
     metrics = MultitaskMetrics(data.tasks, domains=data.domains, config=config.metrics, grouped=data.group is not None)
+    folder = Path(config.run_dir or "") / "checkpoints"
     return Trainer(
         config.trainer,
         rank=rank,
@@ -50,7 +51,7 @@ def build(config: Config, rank: Rank, log: RunLog) -> Trainer:
         reader=reader,
         eval_reader=eval_reader,
         metrics=metrics.to(rank.device),
-        checkpoints=Checkpoints(Path(config.run_dir or "") / "checkpoints", config.checkpoint),
+        checkpoints=Checkpoints(folder, config.checkpoint, settings=configuration.to_yaml(config)),
         log=log,
     )
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from rec import config as configuration
 from rec import train as training
 from rec.checkpoint import VERSION, CheckpointConfig, Checkpoints, Info
 from rec.config import Config, compose
@@ -257,3 +258,9 @@ class TestRefused:
         name, _, value = change.partition("=")
         with pytest.raises(ConfigError, match=rf"checkpoint\.{name} is {value}, expected"):
             CheckpointConfig(**{name: int(value)})
+
+
+def test_a_checkpoint_holds_the_configuration_that_wrote_it(toy: Path, trained: Path) -> None:
+    expected = toy_config(toy, trained, "checkpoint.resume=never")
+    for path in (trained / "checkpoints").glob("step_*"):
+        assert configuration.load(path / "config.yaml") == expected
