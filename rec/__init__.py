@@ -16,6 +16,7 @@ columns, d network width, T tasks, N experts, H expert width.
 
   read
     hashing       ids of any kind -> uint64, the same in serving
+    columns       one Arrow column -> checked numpy values
     features      columns -> Batch: KeyedJaggedTensor, dense [B, F], labels and weights [B, T], domain_id and group_id [B]
     data          Parquet, seed, step -> this rank's Batch
 

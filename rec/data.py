@@ -23,9 +23,12 @@ from functools import lru_cache
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from pyarrow import fs
+from torch import Tensor
 
 from rec.features import Batch, DataError, Encoder
+from rec.hashing import mix
 from rec.schema import ConfigError, DataConfig, check_range, nearest
 
 
@@ -164,6 +167,7 @@ class Reader:
         world_size: number of ranks.
         training: shuffle as configured and drop ids; else every epoch is dealt alike, and no ids are dropped.
         truth: also read the tasks' true probabilities.
+        labels: read labels and weights; without, labels are 0 and weights 1.
 
     Raises:
         ConfigError: no such split.
@@ -181,17 +185,19 @@ class Reader:
         world_size: int = 1,
         training: bool = True,
         truth: bool = False,
+        labels: bool = True,
     ) -> None:
         self.config = config
         self.seed = seed
         self.training = training
-        self.encoder = Encoder(data, truth=truth)
+        self.encoder = Encoder(data, truth=truth, labels=labels)
         self.split = Split(data, split)
         self.split.check_schema(self.encoder)
         if self.split.num_rows == 0:
             raise DataError(f"split '{split}' of data.path={data.path} has {len(self.split.files)} files and no rows")
         size = config.global_batch_size
         self.num_rows = self.split.num_rows
+        self._first_rows = _first_rows(self.split.row_groups)
         self.steps_per_epoch = -(-self.num_rows // size)
         self.local_batch_size = -(-size // world_size)
         self.lanes = (rank * size // world_size, (rank + 1) * size // world_size)
@@ -223,7 +229,15 @@ class Reader:
             draws = self._rng(2, step).random((len(self.encoder.dropout), self.config.global_batch_size), np.float32)
             for draw, (name, share) in zip(draws, self.encoder.dropout.items(), strict=True):
                 dropped[name] = draw[lanes] < share
-        return self.encoder.collate(rows, self.local_batch_size, dropped)
+        return self.encoder.collate(
+            rows, self.local_batch_size, dropped, draws=self._draws(step, torch.from_numpy(lanes))
+        )
+
+    def _draws(self, step: int, lanes: Tensor) -> Tensor:
+        """Random bits [n, 2] int64 of the rows in `lanes` [n] and of their step; they depend on seed, step and lane."""
+        of_step = mix(mix(torch.tensor(self.seed)) + step)
+        of_lanes = mix(of_step + 1 + lanes)
+        return torch.stack([of_lanes, of_step.expand_as(of_lanes)], dim=1)
 
     def _block_of(self, step: int) -> tuple[Block, int]:
         """The block that holds `step`, and the step's place in it."""
@@ -269,10 +283,17 @@ class Reader:
         return groups, np.cumsum([group.num_rows for group in groups])
 
     def _decode(self, group: RowGroup) -> pa.Table:
-        return self.encoder.encode(self.split.read(group, self.encoder.columns), str(group))
+        table = self.split.read(group, self.encoder.columns)
+        return self.encoder.encode(table, str(group), first_row=self._first_rows[group])
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *key])
+
+
+def _first_rows(groups: list[RowGroup]) -> dict[RowGroup, int]:
+    """Each row group's first row, counted over the split."""
+    ends = itertools.accumulate((group.num_rows for group in groups), initial=0)
+    return dict(zip(groups, ends, strict=False))
 
 
 def _prefetch(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:

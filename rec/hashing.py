@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
 _PRIME = np.uint64(0x100000001B3)  # odd, so it has an inverse modulo 2**64
 _PRIME_INVERSE = np.uint64(pow(0x100000001B3, -1, 2**64))
@@ -18,6 +19,29 @@ def hash_ints(values: np.ndarray) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+
+def mix(ids: Tensor) -> Tensor:
+    """The same function on int64 tensors, one to one, on any device: equal hashes are equal ids.
+
+    >>> import torch
+    >>> mix(torch.tensor([1, 2, 3])).numpy().view(np.uint64) % np.uint64(1000)
+    array([465, 110,  53], dtype=uint64)
+    """
+    mixed = ids - 0x61C8864680B583EB  # the constants of the paper as signed numbers; int64 wraps around
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        mixed = (mixed ^ (mixed >> shift & (1 << (64 - shift)) - 1)) * factor
+    return mixed
+
+
+def uniform(keys: Tensor, *, salt: int) -> Tensor:
+    """A number in [0, 1) for each key, float32; another one for another `salt`. For draws that no rank may see otherwise.
+
+    >>> import torch
+    >>> uniform(torch.tensor([1, 2, 1]), salt=0)
+    tensor([0.3682, 0.3922, 0.3682])
+    """
+    return (mix(mix(keys) + salt) >> 40 & 0xFFFFFF).float() / 2**24
 
 
 def hash_strings(values: pa.Array) -> np.ndarray:

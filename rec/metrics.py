@@ -27,6 +27,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from rec.curves import Curve, MetricValues, binary_metrics, exact_curve, group_auc, regression_metrics
+from rec.hashing import mix
 from rec.schema import TaskConfig, TaskKind, check_range
 
 _FIELDS = ("logits", "labels", "weights", "domain_id", "truth")  # of a batch
@@ -303,7 +304,7 @@ class MultitaskMetrics(Metric):
 
     def _keep_rows(self, columns: Tensor, domain_id: Tensor, group_id: Tensor | None) -> None:
         # Without groups all rows are one, and none are left as soon as they are too many.
-        group = _mix(group_id.long() if self.grouped and group_id is not None else torch.zeros_like(domain_id))
+        group = mix(group_id.long() if self.grouped and group_id is not None else torch.zeros_like(domain_id))
         keep = (columns[2] > 0).any(0) & _in_sample(group, int(self.level))
         self.kept_keys.append(torch.stack([group, domain_id], dim=1)[keep])
         self.kept_values.append(columns[:, :, keep].permute(2, 0, 1).float())
@@ -413,14 +414,6 @@ class MultitaskMetrics(Metric):
 def _bin(scores: Tensor, width: Tensor) -> Tensor:
     """Number of a score's bin on the endless grid, int64."""
     return (scores / width).floor().long()
-
-
-def _mix(ids: Tensor) -> Tensor:
-    """Hash int64 ids one to one, so that equal hashes are equal groups (SplitMix64, Steele et al., OOPSLA 2014)."""
-    mixed = ids - 0x61C8864680B583EB  # the constants of the paper as signed numbers; int64 wraps around
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-        mixed = (mixed ^ (mixed >> shift & (1 << (64 - shift)) - 1)) * factor
-    return mixed
 
 
 def _in_sample(group: Tensor, level: int) -> Tensor:

@@ -5,6 +5,7 @@ column or a task is a change of YAML. This module imports neither torch nor Arro
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -125,11 +126,45 @@ class TaskConfig:
     loss_weight: float = 1.0  # >= 0
     weight: str | None = None  # column with a weight a row for this task, >= 0
     allow_null: bool = False  # rows with a null label do not count for this task (counted); else it is an error
-    truth: str | None = None  # column with the true probability, where a simulator knows it; only ever evaluated
+    truth: str | None = None  # column with the true probability (of a product: of its own step), where known; only evaluated
+    auxiliary: bool = False  # trained for the sake of the others: evaluated, but neither calibrated nor served
+    positive_weight: float = 1.0  # > 0, binary; what a positive weighs in the loss; the probability is corrected for it
+    negatives_kept: float = 1.0  # above 0 to 1, binary; share of negatives that each step keeps; corrected for as well
+    negatives_logged: float = (
+        1.0  # above 0 to 1, binary; share of negatives that the training files hold; corrected for
+    )
+    product: str | None = (
+        None  # another task: this one's probability is that one's times its tower's, on every row (ESMM)
+    )
+    via: str | None = None  # another task on the way: its tower splits this one's into with and without it (ESM2)
     label_transform: Transform = Transform.none  # regression
 
     def __post_init__(self) -> None:
         check_range("a task's loss_weight", self.loss_weight, 0, 1e9)
+        check_range("a task's positive_weight", self.positive_weight, 1e-6, 1e6)
+        check_range("a task's negatives_kept", self.negatives_kept, 1e-9, 1)
+        check_range("a task's negatives_logged", self.negatives_logged, 1e-9, 1)
+        if self.kind is TaskKind.regression and (self.correction or self.product or self.via):
+            raise ConfigError(
+                f"the task on '{self.label}' is a regression: positive_weight, negatives_kept, negatives_logged, product "
+                "and via belong to binary tasks"
+            )
+        if self.product and self.condition:
+            raise ConfigError(
+                f"the task on '{self.label}' has condition '{self.condition}' and product '{self.product}': a product is "
+                "trained on every row; remove one of them"
+            )
+
+    @property
+    def correction(self) -> float:
+        """What to add to the logit so that it is of the log's own odds, not of those that the loss saw.
+
+        A kept share w of negatives multiplies the odds by 1 / w, a positive weight by itself.
+
+        >>> TaskConfig(label="click", negatives_kept=0.5, positive_weight=2.0).correction
+        -1.3862943611198906
+        """
+        return math.log(self.negatives_kept * self.negatives_logged / self.positive_weight)
 
 
 @dataclass
@@ -154,6 +189,7 @@ class DataConfig:
     features: dict[str, FeatureConfig] = field(default_factory=dict)
     tables: dict[str, TableConfig] = field(default_factory=dict)
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    learn: list[str] | None = None  # the tasks to train, in this order; null: all of them
     domain: DomainConfig | None = None
     group: str | None = None  # column of the group for group AUC (the query, the user): integers or strings
     weight: str | None = None  # column with a weight a row for all tasks, >= 0
@@ -174,15 +210,82 @@ class DataConfig:
                 raise ConfigError(
                     f"data.features.{name} is {feature.kind.name}: table, hashed and dropout belong to id, bag and sequence"
                 )
+        self._choose_tasks()
         for name, task in self.tasks.items():
             if task.condition is not None and (task.condition not in self.tasks or task.condition == name):
                 others = nearest(task.condition, set(self.tasks) - {name})
                 raise ConfigError(f"data.tasks.{name}.condition is '{task.condition}', expected another task: {others}")
+        self._check_funnel()
+        if not self.served_tasks:
+            raise ConfigError("every task of data.tasks is auxiliary; leave one that is served")
         unread = set(self.tables) - {self.table_of(n) for n in self.sparse_features}
         if unread:
             raise ConfigError(
                 f"data.tables {sorted(unread)}: no feature reads them; remove them or name them in a feature's table"
             )
+
+    def _choose_tasks(self) -> None:
+        """Leave only the tasks in `learn`."""
+        if self.learn is None:
+            return
+        for name in self.learn:
+            if name not in self.tasks:
+                raise ConfigError(f"data.learn names task '{name}'; {nearest(name, self.tasks)}")
+        if len(set(self.learn)) < max(1, len(self.learn)):
+            raise ConfigError(f"data.learn is {self.learn}, expected at least one task and none twice")
+        self.tasks = {name: self.tasks[name] for name in self.learn}
+
+    def _check_funnel(self) -> None:
+        """Refuse products and ways that name no binary task, come back to where they began, or mix unlike tasks."""
+        binary = {name for name, task in self.tasks.items() if task.kind is TaskKind.binary}
+        for name, task in self.tasks.items():
+            for key, other in (("product", task.product), ("via", task.via)):
+                if other is not None and other not in binary - {name}:
+                    raise ConfigError(
+                        f"data.tasks.{name}.{key} is '{other}', expected another binary task: {nearest(other, binary - {name})}"
+                    )
+            if task.via and (task.product, task.condition) != (
+                self.tasks[task.via].product,
+                self.tasks[task.via].condition,
+            ):
+                raise ConfigError(
+                    f"data.tasks.{name}.via is '{task.via}', which has another product or condition; give both tasks the same"
+                )
+            if task.via and self.tasks[task.via].via:
+                raise ConfigError(
+                    f"data.tasks.{name}.via is '{task.via}', which goes via another task itself; expected one step"
+                )
+            if (task.product or task.via) and (
+                task.correction or any(self.tasks[t].correction for t in self.funnel(name)[1:])
+            ):
+                raise ConfigError(
+                    f"data.tasks.{name} is a product or goes via another task: positive_weight, negatives_kept and "
+                    f"negatives_logged must be 1 on it and on {', '.join(self.funnel(name)[1:])}; weigh tasks with loss_weight"
+                )
+
+    def funnel(self, task: str) -> list[str]:
+        """`task`, what it is a product with or goes via, and so on.
+
+        Raises:
+            ConfigError: it comes back to a task that it has been at.
+        """
+        found, ahead = [task], [task]
+        while ahead:
+            config = self.tasks[ahead.pop()]
+            for other in (config.product, config.via):
+                if other == task:
+                    raise ConfigError(
+                        f"data.tasks.{task}: product and via lead back to it; expected a funnel without a circle"
+                    )
+                if other is not None and other not in found:
+                    found.append(other)
+                    ahead.append(other)
+        return found
+
+    @property
+    def served_tasks(self) -> list[str]:
+        """Tasks that are calibrated and served: all but the auxiliary ones."""
+        return [name for name, task in self.tasks.items() if not task.auxiliary]
 
     @property
     def sparse_features(self) -> dict[str, FeatureConfig]:
