@@ -23,13 +23,16 @@ columns, d network width, T tasks, N experts, H expert width.
   model, for one device
     embeddings    KeyedJaggedTensor -> pooled [B, sum of D]
     interaction   [B, d] -> crosses [B, d]
+    stacked       N networks of one shape as batched products
     experts       [B, d] -> mixtures [B, T, H], gate_weights [B, T, N]
-    towers        [B, T, H] -> logits [B, T]
+    towers        [B, T, H] -> a logit a tower
+    funnel        towers' logits -> logits [B, T]: products along a funnel, corrections for sampling
     model         Batch -> logits [B, T]
     losses        logits, labels, weights [B, T] -> one loss
 
   spread over ranks
     distributed   torchrun's environment -> process group, and a clean end
+    weighting     tasks' losses and gradients -> one loss, agreed by all ranks
     optim         parameters -> fused sparse and dense optimizers, one schedule
     sharding      model -> DistributedModelParallel: a plan, filled tables
 

@@ -34,6 +34,7 @@ from rec.optim import OptimConfig
 from rec.schema import ConfigError, DataConfig, nearest
 from rec.sharding import ShardingConfig
 from rec.trainer import TrainerConfig
+from rec.weighting import WeightingConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -55,6 +56,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

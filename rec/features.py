@@ -278,11 +278,14 @@ class Encoder:
 
     def _labels(self, table: pa.Table, where: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
         tasks, base = self.data.tasks, weights_of(table, self.data.weight, where)
-        labels, weights = {}, {}
+        labels, valid = {}, {}
         for name, task in tasks.items():
-            labels[name], valid = self._label(table, name, task, where)  # a null label is 0
-            weights[name] = base * weights_of(table, task.weight, where) * valid
+            labels[name], valid[name] = self._label(table, name, task, where)  # a null label is 0
         joint = {name: self._along_product(name, labels) for name in tasks}
+        weights = {
+            name: base * weights_of(table, task.weight, where) * self._along_product(name, valid)
+            for name, task in tasks.items()
+        }
         for name, task in tasks.items():
             if task.condition:
                 weights[name] = weights[name] * (joint[task.condition] > 0)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rec.embeddings import Embeddings
 from rec.experts import ExpertsConfig, build_experts
 from rec.features import Batch
+from rec.funnel import Funnel, tower_of
 from rec.interaction import InteractionConfig, build_interaction
 from rec.schema import DataConfig
 from rec.towers import TaskTowers, TowersConfig
@@ -28,12 +29,17 @@ class Outputs:
     """What the network says of B rows.
 
     Attributes:
-        logits: [B, T] float32; of a regression, predictions.
+        logits: [B, T] float32; of a regression, predictions. Outside training they are corrected for sampled negatives
+            and for positive weights.
+        shared: [B, d], what experts and gates read.
         gate_weights: [B, T, N] float32 or None.
+        expert_outputs: [B, N, H] or None.
     """
 
     logits: Tensor
+    shared: Tensor
     gate_weights: Tensor | None
+    expert_outputs: Tensor | None
 
 
 class Ranker(nn.Module):
@@ -53,7 +59,10 @@ class Ranker(nn.Module):
         width = self.embeddings.out_features + data.num_dense
         self.interaction = build_interaction(config.interaction, width)
         self.experts = build_experts(config.experts, in_features=width, num_tasks=num_tasks)
-        self.towers = TaskTowers(config.towers, in_features=config.experts.layer_sizes[-1], num_tasks=num_tasks)
+        self.towers = TaskTowers(
+            config.towers, in_features=config.experts.layer_sizes[-1], tower_of=tower_of(data.tasks)
+        )
+        self.funnel = Funnel(data.tasks)
 
     def forward(self, batch: Batch) -> Outputs:
         """B rows of columns -> B rows of logits."""
@@ -61,6 +70,7 @@ class Ranker(nn.Module):
         x = torch.cat([pooled, batch.dense], dim=1)  # [B, d]
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             x = self.interaction(x)  # [B, d]
-            mixture = self.experts(x)  # [B, T, H], gates [B, T, N]
-            logits = self.towers(mixture.values)  # [B, T]
-        return Outputs(logits.float(), mixture.gate_weights)
+            mixture = self.experts(x, batch.draws)  # [B, T, H], gates [B, T, N]
+            towers = self.towers(mixture.values)  # [B, towers]
+        logits = self.funnel(towers.float())  # [B, T]
+        return Outputs(logits, x, mixture.gate_weights, mixture.expert_outputs)

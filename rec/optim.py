@@ -133,11 +133,14 @@ class Optimizers:
     Args:
         model: the sharded model; its fused optimizer is found in it.
         config: both optimizers' settings.
+        more: further parameters of the dense optimizer, by name.
     """
 
-    def __init__(self, model: DistributedModelParallel, config: OptimConfig) -> None:
+    def __init__(
+        self, model: DistributedModelParallel, config: OptimConfig, *, more: dict[str, nn.Parameter] | None = None
+    ) -> None:
         self.config = config
-        self.dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+        self.dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters())) | (more or {})
         self.fused = model.fused_optimizer
         self.dense = KeyedOptimizerWrapper(self.dense_parameters, self._make_dense)
         self.combined = CombinedOptimizer([("sparse", self.fused), ("dense", self.dense)])

@@ -126,7 +126,9 @@ class TaskConfig:
     loss_weight: float = 1.0  # >= 0
     weight: str | None = None  # column with a weight a row for this task, >= 0
     allow_null: bool = False  # rows with a null label do not count for this task (counted); else it is an error
-    truth: str | None = None  # column with the true probability (of a product: of its own step), where known; only evaluated
+    truth: str | None = (
+        None  # column with the true probability (of a product: of its own step), where known; only evaluated
+    )
     auxiliary: bool = False  # trained for the sake of the others: evaluated, but neither calibrated nor served
     positive_weight: float = 1.0  # > 0, binary; what a positive weighs in the loss; the probability is corrected for it
     negatives_kept: float = 1.0  # above 0 to 1, binary; share of negatives that each step keeps; corrected for as well

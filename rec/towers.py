@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from rec.experts import StackedMLP
 from rec.schema import ConfigError
+from rec.stacked import StackedMLP
 
 
 @dataclass
@@ -20,12 +20,19 @@ class TowersConfig:
 
 
 class TaskTowers(nn.Module):
-    """The towers of all tasks, run as one batched product a layer."""
+    """The towers of all tasks, run as one batched product a layer.
 
-    def __init__(self, config: TowersConfig, *, in_features: int, num_tasks: int) -> None:
+    Args:
+        config: their shape.
+        in_features: H.
+        tower_of: the task whose mixture each tower reads; a task may have two.
+    """
+
+    def __init__(self, config: TowersConfig, *, in_features: int, tower_of: list[int]) -> None:
         super().__init__()
-        self.towers = StackedMLP(num_tasks, in_features, [*config.layer_sizes, 1], activate_last=False)
+        self.tower_of = tower_of
+        self.towers = StackedMLP(len(tower_of), in_features, [*config.layer_sizes, 1], activate_last=False)
 
     def forward(self, values: Tensor) -> Tensor:
-        """[B, T, H] -> logits [B, T] (of a regression: predictions)."""
-        return self.towers(values.transpose(0, 1)).squeeze(-1).transpose(0, 1)
+        """[B, T, H] -> logits [B, towers] (of a regression: predictions)."""
+        return self.towers(values[:, self.tower_of].transpose(0, 1)).squeeze(-1).transpose(0, 1)

@@ -14,6 +14,7 @@ from rec.checkpoint import Checkpoints, Resume
 from rec.config import Config
 from rec.data import Reader
 from rec.distributed import Rank, from_main, process_group, run_entry
+from rec.experts import GatedConfig
 from rec.features import DataError
 from rec.logs import RunLog
 from rec.metrics import MultitaskMetrics
@@ -22,6 +23,7 @@ from rec.optim import Optimizers
 from rec.schema import ConfigError
 from rec.sharding import describe_plan, shard
 from rec.trainer import Trainer
+from rec.weighting import TaskWeighting, build_weighting
 
 ABOUT = """Train a multitask ranker, on one rank or under torchrun on many.
 
@@ -39,7 +41,8 @@ def build(config: Config, rank: Rank, log: RunLog) -> Trainer:
     eval_reader = (
         Reader(data, config.reader, split=eval_split, training=False, truth=True, **ranks) if eval_split else None
     )
-    model, optimizers = build_model(config, rank, reader.local_batch_size)
+    weighting = build_weighting(config.weighting, data.tasks).to(rank.device)
+    model, optimizers = build_model(config, rank, reader.local_batch_size, weighting=weighting)
     metrics = MultitaskMetrics(data.tasks, domains=data.domains, config=config.metrics, grouped=data.group is not None)
     folder = Path(config.run_dir or "") / "checkpoints"
     return Trainer(
@@ -47,6 +50,8 @@ def build(config: Config, rank: Rank, log: RunLog) -> Trainer:
         rank=rank,
         model=model,
         optimizers=optimizers,
+        weighting=weighting,
+        balance_loss=config.model.experts.balance_loss if isinstance(config.model.experts, GatedConfig) else 0.0,
         tasks=data.tasks,
         reader=reader,
         eval_reader=eval_reader,
@@ -56,7 +61,9 @@ def build(config: Config, rank: Rank, log: RunLog) -> Trainer:
     )
 
 
-def build_model(config: Config, rank: Rank, local_batch_size: int) -> tuple[torch.nn.Module, Optimizers]:
+def build_model(
+    config: Config, rank: Rank, local_batch_size: int, *, weighting: TaskWeighting | None = None
+) -> tuple[torch.nn.Module, Optimizers]:
     """The sharded network and its optimizers; weights depend on the seed alone. Ranks wait for each other here."""
     torch.manual_seed(config.seed)
     model = Ranker(config.model, config.data, device=torch.device("meta"))
@@ -69,7 +76,8 @@ def build_model(config: Config, rank: Rank, local_batch_size: int) -> tuple[torc
         local_batch_size=local_batch_size,
         seed=config.seed,
     )
-    return sharded, Optimizers(sharded, config.optim)
+    learned = dict(weighting.named_parameters(prefix="weighting")) if weighting else {}
+    return sharded, Optimizers(sharded, config.optim, more=learned)
 
 
 def train(config: Config, rank: Rank) -> None:

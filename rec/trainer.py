@@ -18,9 +18,12 @@ from rec.features import Batch
 from rec.logs import RunLog, table_of
 from rec.losses import Losses, MultitaskLoss
 from rec.metrics import EvalResult, MultitaskMetrics
+from rec.model import Outputs
 from rec.optim import Optimizers
+from rec.predictions import Correction, PredictionWriter, predict
 from rec.schema import ConfigError, TaskConfig, TaskKind, check_range, nearest
 from rec.sharding import table_statistics
+from rec.weighting import TaskWeighting, balance_loss
 
 _HIGHER = {"auc": 1, "pr_auc": 1, "gauc": 1, "logloss": -1, "ne": -1, "ece": -1}
 
@@ -70,6 +73,8 @@ class Trainer:
         rank: this process among its peers.
         model: the sharded network.
         optimizers: of its tables and of the rest.
+        weighting: how the tasks count against each other.
+        balance_loss: weight of `weighting.balance_loss` in the loss, 0 or more.
         tasks: what it predicts.
         reader: training batches.
         eval_reader: evaluation batches; None evaluates nothing.
@@ -85,6 +90,8 @@ class Trainer:
         rank: Rank,
         model: DistributedModelParallel,
         optimizers: Optimizers,
+        weighting: TaskWeighting,
+        balance_loss: float,
         tasks: dict[str, TaskConfig],
         reader: Reader,
         eval_reader: Reader | None,
@@ -96,6 +103,8 @@ class Trainer:
         self.rank = rank
         self.model = model
         self.optimizers = optimizers
+        self.weighting = weighting
+        self.balance_loss = balance_loss
         self.tasks = tasks
         self.reader = reader
         self.eval_reader = eval_reader
@@ -142,12 +151,24 @@ class Trainer:
     def train_step(self, batch: Batch) -> tuple[Losses, torch.Tensor]:
         """One step of all ranks: their batches together are one batch, and the loss is its mean."""
         batch = batch.to(self.rank.device, non_blocking=True)
-        global_weights = sum_over_ranks(batch.weights.sum(dim=0))
+        weights = self.loss.sampled(batch.labels, batch.weights, batch.draws)
+        own_weights = weights.sum(dim=0)
+        global_weights = sum_over_ranks(own_weights.clone())
         self.optimizers.set_lr(self.lr_factor)
         self.optimizers.zero_grad()
-        losses = self.loss(self.model(batch).logits, batch.labels, batch.weights, global_weights)
+        outputs = self.model(batch)
+        losses = self.loss(outputs.logits, batch.labels, weights, global_weights)
+        losses.total = self._total(losses, outputs, batch, own_weights / global_weights.clamp(min=1e-30))
         (losses.total * self.rank.world_size).backward()  # TorchRec and DDP average gradients over ranks
+        self.weighting.sync_gradients()
         return losses, self.optimizers.step()
+
+    def _total(self, losses: Losses, outputs: Outputs, batch: Batch, shares: torch.Tensor) -> torch.Tensor:
+        """What is differentiated: the tasks' losses as weighed, and the gates' balance."""
+        total = self.weighting(losses.weighted, shares=shares, shared=outputs.shared, step=self.info.step)
+        if self.balance_loss and outputs.gate_weights is not None:
+            total = total + self.balance_loss * balance_loss(outputs.gate_weights, batch.row_id >= 0)
+        return total
 
     @property
     def lr_factor(self) -> float:
@@ -156,7 +177,9 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Tensors of a checkpoint."""
-        return {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict()}
+        state = {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict()}
+        weighting = self.weighting.state_dict()
+        return state | ({"weighting": weighting} if weighting else {})
 
     def resume(self) -> str | None:
         """Go on from the newest checkpoint, if there is one; gives its path. Ranks wait for each other here."""
@@ -168,6 +191,7 @@ class Trainer:
         self.info = self.checkpoints.load(path, state)
         self.model.load_state_dict(state["model"])
         self.optimizers.load_state_dict(state["optimizers"])
+        self.weighting.load_state_dict(state.get("weighting", {}))
         return str(path)
 
     def _progress(self) -> tqdm:
@@ -210,6 +234,7 @@ class Trainer:
             lr=self.optimizers.config.dense.lr * factor,
             lr_sparse=sparse.lr * (factor if sparse.scheduled else 1.0),
             grad_norm=grad_norm.item(),
+            **self.weighting.describe(),
             memory_mib=round(memory.item()),
         )
         progress.set_postfix(loss=f"{total:.4f}", refresh=False)
@@ -281,7 +306,14 @@ class _Window:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, reader: Reader, metrics: MultitaskMetrics, *, device: torch.device, max_steps: int | None = None
+    model: nn.Module,
+    reader: Reader,
+    metrics: MultitaskMetrics,
+    *,
+    device: torch.device,
+    max_steps: int | None = None,
+    calibrators: Correction | None = None,
+    predictions: PredictionWriter | None = None,
 ) -> EvalResult:
     """Metrics of a split over all ranks, the same on each. Ranks stay in step throughout.
 
@@ -291,13 +323,15 @@ def evaluate(
         metrics: reset, filled and computed here.
         device: where the model lives.
         max_steps: steps at most; None for the whole split.
+        calibrators: applied to the logits; None leaves them as they are.
+        predictions: also gets the rows; None keeps none.
     """
-    model.eval()
     metrics.reset()
-    stop = min(reader.steps_per_epoch, max_steps or reader.steps_per_epoch)
-    for batch in reader.batches(0, stop):
-        batch = batch.to(device, non_blocking=True)
-        metrics.update(model(batch).logits, batch.labels, batch.weights, batch.domain_id, batch.group_id, batch.truth)
+    for predicted in predict(model, reader, device=device, max_steps=max_steps, calibrators=calibrators):
+        batch, logits = predicted.batch, predicted.logits
+        metrics.update(logits, batch.labels, batch.weights, batch.domain_id, batch.group_id, batch.truth)
+        if predictions is not None:
+            predictions.write(batch, logits)
     return metrics.compute()
 
 

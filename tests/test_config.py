@@ -71,7 +71,10 @@ class TestEveryFile:
     @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda part: part)
     def test_composes_builds_a_ranker_and_loads_back(self, tmp_path: Path, group: str, option: str) -> None:
         config = compose([f"{group}={option}"])
-        assert group not in KINDS or getattr(config.model, group).kind == option
+        if group in KINDS:
+            chosen = getattr(config.model, group)
+            assert type(chosen) is KINDS[group][chosen.kind]
+            assert chosen.kind == option or option not in KINDS[group]
         weights = Ranker(config.model, config.data, device=torch.device("meta")).state_dict()
         for name, table in config.data.tables.items():
             (weight,) = (
@@ -83,7 +86,7 @@ class TestEveryFile:
 
     @pytest.mark.parametrize("group", KINDS)
     def test_every_kind_has_a_file_of_its_name(self, group: str) -> None:
-        assert {option for g, option in OPTIONS if g == group} == set(KINDS[group])
+        assert {option for g, option in OPTIONS if g == group} >= set(KINDS[group])
 
     @pytest.mark.parametrize("name", [option for group, option in OPTIONS if group == "experiment"])
     def test_experiment_changes_what_it_says_and_no_more(self, name: str) -> None:

@@ -1,4 +1,5 @@
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -78,3 +79,47 @@ def test_masked_rows_weigh_nothing_whatever_they_hold() -> None:
         loss(logits, garbage, weights, weights.sum(0)).total.item()
         == loss(logits, labels, weights, weights.sum(0)).total.item()
     )
+
+
+class TestSampling:
+    TASKS: ClassVar = {
+        "click": TaskConfig(label="click", negatives_kept=0.2),
+        "like": TaskConfig(label="like", positive_weight=3.0),
+    }
+
+    def test_leaves_out_negatives_at_their_rate_and_no_positives(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        labels = (torch.rand(20_000, 2, generator=generator) > 0.5).float()
+        draws = torch.randint(-(2**62), 2**62, (20_000, 2), generator=generator)
+        weights = MultitaskLoss(self.TASKS).sampled(labels, torch.full((20_000, 2), 0.5), draws)
+        assert (weights[labels[:, 0] == 1] == 0.5).all() and (weights[:, 1] == 0.5).all()
+        kept = weights[labels[:, 0] == 0, 0] > 0
+        assert kept.float().mean().item() == pytest.approx(0.2, abs=0.01)
+        parts = [
+            MultitaskLoss(self.TASKS).sampled(labels[p], weights[p], draws[p]) for p in (slice(0, 7), slice(7, 99))
+        ]
+        assert torch.equal(torch.cat(parts), weights[:99])
+
+    def test_positives_weigh_more_in_the_numerator(self) -> None:
+        logits, labels = torch.randn(30, 2), (torch.rand(30, 2) > 0.5).float()
+        losses = MultitaskLoss(self.TASKS)(logits, labels, torch.ones(30, 2), torch.full((2,), 30.0))
+        bce = torch.nn.functional.binary_cross_entropy_with_logits
+        expected = bce(logits[:, 1], labels[:, 1], pos_weight=torch.tensor(3.0))
+        assert losses.by_task.tolist() == pytest.approx(
+            [bce(logits[:, 0], labels[:, 0]).item(), expected.item()], rel=1e-5
+        )
+
+    def test_what_they_train_is_corrected_back_to_the_log_s_rate(self) -> None:
+        """One logit for all rows, fitted: it ends at the odds that the correction takes back to the true rate."""
+        tasks = {"click": TaskConfig(label="click", negatives_kept=0.2, positive_weight=3.0)}
+        loss, generator = MultitaskLoss(tasks), torch.Generator().manual_seed(1)
+        labels = (torch.rand(200_000, 1, generator=generator) < 0.1).float()
+        draws = torch.randint(-(2**62), 2**62, (200_000, 2), generator=generator)
+        weights = loss.sampled(labels, torch.ones_like(labels), draws)
+        logit = torch.zeros(1, requires_grad=True)
+        for _ in range(60):
+            total = loss(logit.expand(len(labels), 1), labels, weights, weights.sum(0)).total
+            (gradient,) = torch.autograd.grad(total, logit)
+            logit = (logit - 3 * gradient).detach().requires_grad_()
+        served = torch.sigmoid(logit + tasks["click"].correction)
+        assert served.item() == pytest.approx(labels.mean().item(), rel=0.02)

@@ -18,7 +18,7 @@ def run(toy: Path, *changes: str) -> tuple[Ranker, Batch, Outputs]:
     return model, batch, model(batch)
 
 
-@pytest.mark.parametrize("experts", ["mmoe", "shared_bottom"])
+@pytest.mark.parametrize("experts", ["mmoe", "shared_bottom", "omoe", "mixed", "cgc", "ple"])
 @pytest.mark.parametrize("interaction", ["dcn_v2", "dcn_v2_low_rank", "none"])
 def test_every_choice_gives_logits_and_gradients_everywhere(toy: Path, experts: str, interaction: str) -> None:
     model, _, outputs = run(toy, f"experts={experts}", f"interaction={interaction}")
