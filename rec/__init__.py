@@ -39,10 +39,12 @@ columns, d network width, T tasks, N experts, H expert width.
   measure and keep
     curves        scores, labels -> AUC, average precision, ECE
     metrics       logits over ranks -> metrics by task and domain
+    health        gate weights, expert outputs over ranks -> who mixes which experts, and advice
     checkpoint    state over ranks <-> a folder, whole or invisible
     logs          events -> metrics.jsonl, TensorBoard, console
     trainer       all of these -> a trained model
     config        conf/ and overrides -> Config
+    widen         two Configs -> the width that gives one the other's number of weights
 
   run (python -m rec.<name>)
     train         Config -> run folder

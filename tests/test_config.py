@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from rec import config as configuration
-from rec.config import CONF, compose, load, plain, save
+from rec.config import CONF, compose, compose_dict, load, plain, save, to_typed
 from rec.experts import EXPERTS_KINDS
 from rec.interaction import INTERACTION_KINDS
 from rec.model import Ranker
 from rec.schema import ConfigError, FeatureKind, ShardingType
 from rec.train import ABOUT
+from rec.widen import dense_parameters
 from tests.conftest import CONF as TEST_CONF
 from tests.conftest import ROOT
 
@@ -64,6 +65,19 @@ def saved(saved_text: str, tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
+def deltas(name: str) -> tuple[dict[str, str], DictConfig]:
+    """The choices and the settings of an experiment, after those of the experiment that it builds on."""
+    settings = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
+    choices: dict[str, str] = {}
+    merged = OmegaConf.create()
+    for line in settings.pop("defaults", []):
+        if isinstance(line, dict):
+            choices |= {key.removeprefix("override /"): value for key, value in line.items()}
+        elif line != "_self_":
+            choices, merged = deltas(line)
+    return choices, OmegaConf.merge(merged, settings)
+
+
 class TestEveryFile:
     def test_files_are_found(self) -> None:
         assert {"data", "experiment", "experts", "interaction"} <= {group for group, _ in OPTIONS}
@@ -92,11 +106,15 @@ class TestEveryFile:
     def test_experiment_changes_what_it_says_and_no_more(self, name: str) -> None:
         text = (CONF / "experiment" / f"{name}.yaml").read_text()
         assert f"-m rec.train experiment={name}" in text
-        settings = yaml.safe_load(text)
-        choices = {k.removeprefix("override /"): v for line in settings.pop("defaults", []) for k, v in line.items()}
-        base = compose([f"{group}={option}" for group, option in choices.items()])
-        expected = OmegaConf.merge(OmegaConf.create(plain(base)), settings)
-        assert OmegaConf.create(plain(compose([f"experiment={name}"]))) == expected
+        choices, settings = deltas(name)
+        typed = to_typed(
+            OmegaConf.merge(compose_dict([f"{group}={option}" for group, option in choices.items()]), settings)
+        )
+        assert plain(compose([f"experiment={name}"])) == plain(typed)
+
+    def test_architectures_that_are_compared_are_of_one_size(self) -> None:
+        bottom, mmoe = (dense_parameters(compose([f"experiment=etsy_{name}"])) for name in ("shared_bottom", "mmoe"))
+        assert bottom == pytest.approx(mmoe, rel=0.01)
 
 
 # One misspelling at each level that an override can reach: what was written, the key at fault, the name that was meant.
