@@ -38,8 +38,15 @@ columns, d network width, T tasks, N experts, H expert width.
 
   measure and keep
     curves        scores, labels -> AUC, average precision, ECE
+    intervals     scores, labels of runs -> intervals of their differences
+    paired        predictions of runs -> the same rows, side by side
     metrics       logits over ranks -> metrics by task and domain
     health        gate weights, expert outputs over ranks -> who mixes which experts, and advice
+    predictions   batches -> logits of every row, as Parquet too
+    platt         logits, labels over ranks -> slopes and offsets by domain
+    isotonic      logits, labels over ranks -> monotone curves by domain
+    calibration   these -> calibrators, kept with a checkpoint
+    reliability   logits, labels over ranks -> bins of predictions and rates
     checkpoint    state over ranks <-> a folder, whole or invisible
     logs          events -> metrics.jsonl, TensorBoard, console
     trainer       all of these -> a trained model
@@ -51,6 +58,13 @@ columns, d network width, T tasks, N experts, H expert width.
     sweep         swept overrides -> one torchrun job each
     evaluate      run folder -> metrics of a split
     baseline      Parquet -> LightGBM's metrics on the same columns
+    predict       run folder -> predictions of a split
+    calibrate     run folder -> its calibrators
+    export        run folder -> what is served
     report        run folders -> a table
+    compare       run folders -> differences, within noise or not
+    worlds        seed -> endless batches of a small world with known probabilities
+    claims        arms of the published claims, and how they are scored
+    study         a claim -> a table over worlds
     doctor        this machine -> findings and remedies
 """

@@ -5,11 +5,18 @@
     event       further fields
     start       world_size, device, config, parameters {dense, sparse}, tables {name: {sharding, ranks, mib}}, steps, resumed_from
     train       loss, losses {task}, rows_per_second, lr, lr_sparse, grad_norm, memory_mib (the largest rank's)
-    eval        split, metrics {task: {...}}, domains {task: {domain: {...}}}, seconds
+    eval        split, metrics {task: {...}}, domains {task: {domain: {...}}}, experts {...}, seconds
     tables      tables {name: {rms, max_abs, rows_trained}}: size of the weights, share of rows that were ever updated
     checkpoint  path, score
     warning     message
     end         reason, seconds
+
+`experts` holds the values of `rec.health.HealthResult` (gate weights, effective experts, overlap, ...), null without gates. A `train` line
+also has what `weighting` found: task_weights {task}, or conflicts (share of pairs of tasks).
+
+Beside these, `rec.evaluate` adds `calibrated` to its `eval`, and `rec.calibrate` appends `calibration` with split (fitted on),
+measured_on, kind and tasks {task: {before, global, after, cells, reliability {before, after}}}; before is without calibrators,
+global with one curve a task (absent where there is no other), after with all of them.
 
 The values of `metrics`: of a binary task auc, pr_auc, logloss, ne, calibration, ece, gauc, rows, positives (and auc_truth, gap_closed
 where true probabilities are known); of a regression mae, rmse, calibration, rows. What has no meaning there is null. Fields are

@@ -16,6 +16,7 @@ from rec.data import Reader
 from rec.distributed import Rank, from_main, process_group, run_entry
 from rec.experts import GatedConfig
 from rec.features import DataError
+from rec.health import ExpertHealth
 from rec.logs import RunLog
 from rec.metrics import MultitaskMetrics
 from rec.model import Ranker
@@ -45,17 +46,19 @@ def build(config: Config, rank: Rank, log: RunLog) -> Trainer:
     model, optimizers = build_model(config, rank, reader.local_batch_size, weighting=weighting)
     metrics = MultitaskMetrics(data.tasks, domains=data.domains, config=config.metrics, grouped=data.group is not None)
     folder = Path(config.run_dir or "") / "checkpoints"
+    gated = config.model.experts if isinstance(config.model.experts, GatedConfig) else None
     return Trainer(
         config.trainer,
         rank=rank,
         model=model,
         optimizers=optimizers,
         weighting=weighting,
-        balance_loss=config.model.experts.balance_loss if isinstance(config.model.experts, GatedConfig) else 0.0,
+        balance_loss=gated.balance_loss if gated else 0.0,
         tasks=data.tasks,
         reader=reader,
         eval_reader=eval_reader,
         metrics=metrics.to(rank.device),
+        health=ExpertHealth(list(data.tasks)).to(rank.device) if gated else None,
         checkpoints=Checkpoints(folder, config.checkpoint, settings=configuration.to_yaml(config)),
         log=log,
     )

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from rec.checkpoint import Checkpoints, Info
 from rec.data import Reader
 from rec.distributed import Rank, sum_over_ranks
 from rec.features import Batch
+from rec.health import ExpertHealth, HealthResult, advice, table_of_health
 from rec.logs import RunLog, table_of
 from rec.losses import Losses, MultitaskLoss
 from rec.metrics import EvalResult, MultitaskMetrics
@@ -79,6 +80,7 @@ class Trainer:
         reader: training batches.
         eval_reader: evaluation batches; None evaluates nothing.
         metrics: what is measured on them.
+        health: diagnostics of gates and experts; None where there are none.
         checkpoints: where states are kept.
         log: where events go.
     """
@@ -96,6 +98,7 @@ class Trainer:
         reader: Reader,
         eval_reader: Reader | None,
         metrics: MultitaskMetrics,
+        health: ExpertHealth | None,
         checkpoints: Checkpoints,
         log: RunLog,
     ) -> None:
@@ -109,6 +112,7 @@ class Trainer:
         self.reader = reader
         self.eval_reader = eval_reader
         self.metrics = metrics
+        self.health = health
         self.checkpoints = checkpoints
         self.log = log
         self.loss = MultitaskLoss(tasks).to(rank.device)
@@ -244,14 +248,21 @@ class Trainer:
             return
         started = time.monotonic()
         result = evaluate(
-            self.model, self.eval_reader, self.metrics, device=self.rank.device, max_steps=self.config.eval_steps
+            self.model,
+            self.eval_reader,
+            self.metrics,
+            device=self.rank.device,
+            max_steps=self.config.eval_steps,
+            health=self.health,
         )
+        experts = self.health.compute() if self.health else None
         self.model.train()
         self.event(
             "eval",
             split=self.eval_reader.split.name,
             metrics=result.metrics,
             domains=result.domains,
+            experts=asdict(experts) if experts else None,
             seconds=time.monotonic() - started,
         )
         self.event("tables", tables=table_statistics(self.model, self.optimizers.fused))
@@ -259,7 +270,15 @@ class Trainer:
         self.log.say(
             f"\nstep {self.info.step:,} of {self.total_steps:,}, {self.eval_reader.split.name}:\n{table_of(result)}"
         )
+        if experts:
+            self._report_health(experts)
         self._window.restart(self.info.rows)
+
+    def _report_health(self, experts: HealthResult) -> None:
+        self.log.say(f"\n{table_of_health(experts)}")
+        for sentence in advice(experts):
+            self.log.say(sentence)
+            self.event("warning", message=sentence)
 
     def _judge(self, score: float | None) -> None:
         self.info.score = score
@@ -314,6 +333,7 @@ def evaluate(
     max_steps: int | None = None,
     calibrators: Correction | None = None,
     predictions: PredictionWriter | None = None,
+    health: ExpertHealth | None = None,
 ) -> EvalResult:
     """Metrics of a split over all ranks, the same on each. Ranks stay in step throughout.
 
@@ -325,10 +345,18 @@ def evaluate(
         max_steps: steps at most; None for the whole split.
         calibrators: applied to the logits; None leaves them as they are.
         predictions: also gets the rows; None keeps none.
+        health: reset and filled here, where the network has gates; None where it has none.
     """
     metrics.reset()
-    for predicted in predict(model, reader, device=device, max_steps=max_steps, calibrators=calibrators):
-        batch, logits = predicted.batch, predicted.logits
+    if health is not None:
+        health.reset()
+    predicting = predict(model, reader, device=device, max_steps=max_steps, calibrators=calibrators)
+    for step, predicted in enumerate(predicting):
+        batch, logits, gates = predicted.batch, predicted.logits, predicted.outputs.gate_weights
+        experts = predicted.outputs.expert_outputs
+        if health is not None and gates is not None and experts is not None:
+            rows_before = step * reader.config.global_batch_size
+            health.update(gates, experts, batch.row_id >= 0, rows_before=rows_before)
         metrics.update(logits, batch.labels, batch.weights, batch.domain_id, batch.group_id, batch.truth)
         if predictions is not None:
             predictions.write(batch, logits)
