@@ -595,3 +595,34 @@ def test_the_toy_data_set_with_everything_in_it(toy: Path):
         for pair in zip(values_of(batch, "user"), values_of(batch, "item"), strict=True)
     ]
     assert sorted(found) == expected
+
+
+@pytest.mark.parametrize("size", [20, 7])
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_know_their_place_and_their_draws_whoever_serves_them(rows: Path, size: int, training: bool):
+    """The place is that of the row in the files, and the random bits are one row's in one step, for any number of ranks."""
+    seen: dict[int, dict[tuple[int, int], tuple[int, int]]] = {}
+    for world in (1, 3):
+        seen[world] = {}
+        for rank in range(world):
+            reader = make_reader(rows, rank=rank, world_size=world, size=size, training=training)
+            for step, batch in enumerate(reader.batches(0, 2 * reader.steps_per_epoch)):
+                places, draws = batch.row_id[: batch.num_rows].tolist(), batch.draws[: batch.num_rows].tolist()
+                assert places == rows_of(batch)  # the files count their rows
+                assert (batch.row_id[batch.num_rows :] == -1).all()
+                seen[world] |= {(step, row): tuple(draw) for row, draw in zip(places, draws, strict=True)}
+    assert seen[1] == seen[3]
+    of_rows, of_steps = zip(*seen[1].values(), strict=True)
+    assert len(set(of_rows)) == len(of_rows) and len(set(of_steps)) == 2 * reader.steps_per_epoch
+    other = next(iter(make_reader(rows, size=size, training=training, seed=5).batches()))
+    assert not set(other.draws[:, 0].tolist()) & set(of_rows)
+
+
+def test_labels_need_not_be_there_to_predict(tmp_path: Path):
+    folder = write_layout(tmp_path / "served", [[30]])
+    (file,) = folder.glob("*.parquet")
+    pq.write_table(pq.read_table(file).drop_columns("click"), file)
+    with pytest.raises(DataError, match="column 'click' is missing"):
+        make_reader(folder)
+    (first, *_) = make_reader(folder, labels=False, training=False).batches()
+    assert not first.labels.any() and (first.weights[: first.num_rows] == 1).all()

@@ -523,3 +523,39 @@ def test_all_findings_of_a_schema_come_at_once(rich: pa.Table):
     assert first.startswith("f: column 'bag_text' is missing; did you mean 'bag_cut'?")
     assert second.startswith("f: column 'clicked' is missing; did you mean 'clickd'? valid: ")
     assert third == "f: column 'dense' of feature 'dense' is string, expected numbers"
+
+
+# --- products along a funnel ---
+
+
+def test_a_product_s_label_is_that_of_all_steps_and_its_truth_too() -> None:
+    rng = np.random.default_rng(3)
+    labels = {name: rng.integers(0, 2, 40) for name in ("clicked", "carted", "bought")}
+    truths = {f"true_{name}": rng.random(40).astype(np.float32) for name in labels}
+    table = pa.table({"price": rng.random(40), **labels, **truths})
+    tasks = {
+        "bought": TaskConfig(label="bought", product="carted", truth="true_bought"),  # before what it depends on
+        "carted": TaskConfig(label="carted", product="clicked", truth="true_carted"),
+        "clicked": TaskConfig(label="clicked", truth="true_clicked"),
+        "wish": TaskConfig(label="bought", condition="carted"),
+    }
+    data = DataConfig(name="f", path="x", features={"price": FeatureConfig(kind=FeatureKind.dense)}, tasks=tasks)
+    encoder = Encoder(data, truth=True)
+    batch = encoder.collate(encoder.encode(table, WHERE), 40)
+    for b in range(40):
+        click, cart, buy = (int(labels[name][b]) for name in labels)
+        assert batch.labels[b].tolist() == [click * cart * buy, click * cart, click, buy]
+        assert batch.weights[b].tolist() == [1, 1, 1, click * cart]
+        p, q, r = (float(truths[f"true_{name}"][b]) for name in labels)
+        assert batch.truth[b, :3].tolist() == pytest.approx([p * q * r, p * q, p])
+
+
+def test_a_null_label_on_the_way_takes_the_row_out_of_the_product() -> None:
+    table = pa.table({"price": [1.0, 2.0], "clicked": pa.array([None, 1]), "bought": [1, 1]})
+    tasks = {
+        "clicked": TaskConfig(label="clicked", allow_null=True),
+        "bought": TaskConfig(label="bought", product="clicked"),
+    }
+    data = DataConfig(name="f", path="x", features={"price": FeatureConfig(kind=FeatureKind.dense)}, tasks=tasks)
+    batch = Encoder(data).collate(Encoder(data).encode(table, WHERE), 2)
+    assert batch.weights.tolist() == [[0, 0], [1, 1]]

@@ -111,3 +111,22 @@ def test_a_data_set_knows_its_columns_tables_and_widths():
     assert [data.column_of(name) for name in data.features] == ["listing", "recent_listings", "price", "text"]
     assert data.domains == ["all"]
     assert a_data_set(domain=DomainConfig(column="tab", names=["home", "search"])).domains == ["home", "search"]
+
+
+def test_learn_chooses_tasks_and_their_order() -> None:
+    tasks = {name: TaskConfig(label=name) for name in ("click", "cart", "buy")}
+    assert list(with_tasks(tasks=tasks, learn=["buy", "click"]).tasks) == ["buy", "click"]
+    for learn, said in (
+        (["buy", "clik"], "data.learn names task 'clik'; did you mean 'click'"),
+        ([], r"data.learn is \[\]"),
+        (["buy", "buy"], "none twice"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            with_tasks(tasks=tasks, learn=learn)
+    tasks["buy"] = TaskConfig(label="buy", condition="click")
+    with pytest.raises(ConfigError, match="data.tasks.buy.condition is 'click', expected another task"):
+        with_tasks(tasks=tasks, learn=["buy"])
+
+
+def with_tasks(**parts: Any) -> DataConfig:
+    return DataConfig(name="x", path="x", features={"a": FeatureConfig(kind=FeatureKind.dense)}, **parts)
