@@ -9,6 +9,8 @@ and 1 - y of a negative:
 - `calibration`: sum(wp) / sum(wy), ideally 1
 - `ece`: sum over `ece_bins` bins of equal weight, in the order of p, of |sum(wp) - sum(wy)| over sum(w), ideally 0.
   Rows of one logit, or of one bin of a histogram, are taken as alike and shared out between two bins
+- `field_ece`: mean over domains of the ECE within each, weighted by their weight; it sees a domain that is too high and another
+  that is too low, which the ECE of all rows does not
 - `gauc`: mean AUC of the groups that hold positives and negatives, weighted by the group's weight. In a domain, the same
   among the domain's rows
 - `rows`: rows of weight > 0; `positives`: the sum of their labels, unweighted
@@ -20,6 +22,7 @@ A metric without meaning (no rows, no positives, no negatives, no entropy) is No
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,7 +32,7 @@ Array = np.ndarray
 Curve = np.ndarray
 MetricValues = dict[str, float | int | None]  # name of a metric -> its value, None where it has no meaning
 
-BINARY_METRICS = ("auc", "pr_auc", "logloss", "ne", "calibration", "ece", "gauc", "rows", "positives")
+BINARY_METRICS = ("auc", "pr_auc", "logloss", "ne", "calibration", "ece", "field_ece", "gauc", "rows", "positives")
 TRUTH_METRICS = ("auc_truth", "gap_closed")  # of a binary task whose true probability is known
 REGRESSION_METRICS = ("mae", "rmse", "calibration", "rows")
 
@@ -74,6 +77,16 @@ def expected_calibration_error(curve: Curve, *, num_bins: int) -> float | None:
     weight, gap = (negatives + positives).cumsum(), (preds - positives).cumsum()
     ends = np.linspace(0, weight[-1], num_bins + 1)
     return _ratio(float(np.abs(np.diff(np.interp(ends, weight, gap))).sum()), float(weight[-1]))
+
+
+def field_ece(eces: Sequence[float | None], shares: Sequence[float]) -> float | None:
+    """Mean of the domains' expected calibration errors, weighted by their `shares` of the weight; None without rows.
+
+    >>> field_ece([0.25, 0.5, None], [3.0, 1.0, 0.0])
+    0.3125
+    """
+    known = [(ece, share) for ece, share in zip(eces, shares, strict=True) if ece is not None]
+    return _ratio(sum(ece * share for ece, share in known), sum(share for _, share in known))
 
 
 # ---- of rows in groups
@@ -134,7 +147,13 @@ def _areas(groups: Array, *, scores: Array, labels: Array, weights: Array) -> Ar
 
 
 def binary_metrics(
-    total: dict[str, float], *, curve: Curve, truth: Curve | None = None, gauc: float | None = None, ece_bins: int = 20
+    total: dict[str, float],
+    *,
+    curve: Curve,
+    truth: Curve | None = None,
+    field_ece: float | None = None,
+    gauc: float | None = None,
+    ece_bins: int = 20,
 ) -> MetricValues:
     """`BINARY_METRICS` of rows with the sums `total`, and `TRUTH_METRICS` where there is a truth.
 
@@ -143,6 +162,7 @@ def binary_metrics(
             each times weight.
         curve: [3, K] float64, of the predictions.
         truth: [3, K] float64, of the true probabilities.
+        field_ece: 0 to 1, passed on.
         gauc: 0 to 1, passed on.
         ece_bins: of `expected_calibration_error`, 1 or more.
     """
@@ -155,6 +175,7 @@ def binary_metrics(
         "ne": None if logloss is None or base_rate is None else _ratio(logloss, _entropy(base_rate)),
         "calibration": _ratio(total["preds"], total["labels"]),
         "ece": expected_calibration_error(curve, num_bins=ece_bins),
+        "field_ece": field_ece,
         "gauc": gauc,
         "rows": int(total["rows"]),
         "positives": int(total["positives"]) if total["positives"].is_integer() else total["positives"],

@@ -18,7 +18,7 @@ Beside these, `rec.evaluate` adds `calibrated` to its `eval`, and `rec.calibrate
 measured_on, kind and tasks {task: {before, global, after, cells, reliability {before, after}}}; before is without calibrators,
 global with one curve a task (absent where there is no other), after with all of them.
 
-The values of `metrics`: of a binary task auc, pr_auc, logloss, ne, calibration, ece, gauc, rows, positives (and auc_truth, gap_closed
+The values of `metrics`: of a binary task auc, pr_auc, logloss, ne, calibration, ece, field_ece (null in a domain), gauc, rows, positives (and auc_truth, gap_closed
 where true probabilities are known); of a regression mae, rmse, calibration, rows. What has no meaning there is null. Fields are
 added, never renamed. After a resume steps may repeat: the last line of a step counts.
 """
@@ -31,7 +31,20 @@ from typing import Any
 
 from rec.metrics import EvalResult
 
-_COLUMNS = ("auc", "pr_auc", "ne", "calibration", "ece", "gauc", "gap_closed", "mae", "rmse", "rows", "positives")
+_COLUMNS = (
+    "auc",
+    "pr_auc",
+    "ne",
+    "calibration",
+    "ece",
+    "field_ece",
+    "gauc",
+    "gap_closed",
+    "mae",
+    "rmse",
+    "rows",
+    "positives",
+)
 
 
 class RunLog:

@@ -26,7 +26,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from rec.curves import Curve, MetricValues, binary_metrics, exact_curve, group_auc, regression_metrics
+from rec.curves import Curve, MetricValues, binary_metrics, exact_curve, field_ece, group_auc, regression_metrics
 from rec.hashing import mix
 from rec.schema import TaskConfig, TaskKind, check_range
 
@@ -378,10 +378,14 @@ class MultitaskMetrics(Metric):
         own, *known = (self._curves(c) for c, t in enumerate(self.column_tasks) if t == task)
         truths = known[0] if known else [None] * len(totals)
         gaucs = self._gaucs(self.column_tasks.index(task))
-        return [
+        found = [
             binary_metrics(total, curve=curve, truth=truth, gauc=gauc, ece_bins=self.config.ece_bins)
             for total, curve, truth, gauc in zip(totals, own, truths, gaucs, strict=True)
         ]
+        found[0]["field_ece"] = field_ece(
+            [values["ece"] for values in found[1:]], [total["weight"] for total in totals[1:]]
+        )
+        return found
 
     def _curves(self, column: int) -> list[Curve]:
         """The curve of a column: over all rows, then in each domain."""

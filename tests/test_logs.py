@@ -15,7 +15,7 @@ from rec.logs import RunLog, table_of
 from rec.metrics import EvalResult
 from tests.conftest import CONF, torchrun, toy_overrides, toy_table
 
-BINARY = {"auc", "pr_auc", "logloss", "ne", "calibration", "ece", "gauc", "rows", "positives"}
+BINARY = {"auc", "pr_auc", "logloss", "ne", "calibration", "ece", "field_ece", "gauc", "rows", "positives"}
 REGRESSION = {"mae", "rmse", "calibration", "rows"}
 TASKS = {"click": BINARY, "purchase": BINARY, "dwell": REGRESSION}
 TABLES = {"user", "query", "item", "tags"}
