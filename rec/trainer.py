@@ -40,7 +40,7 @@ class TrainerConfig:
     eval_split: str | None = "valid"  # what is evaluated meanwhile; null: nothing
     eval_steps: int | None = None  # steps of an evaluation at most; null: the whole split
     monitor: str = "auc"  # the metric that says which checkpoint is best, averaged over `monitor_tasks`
-    monitor_tasks: list[str] | None = None  # default: all binary tasks
+    monitor_tasks: list[str] | None = None  # default: all binary tasks that are not auxiliary
     early_stop_evals: int | None = None  # stop after so many evaluations without a new best; null: never
     timeout_s: float = 600  # seconds that a rank waits for the others before it gives up
 
@@ -60,7 +60,8 @@ class TrainerConfig:
 
     def score(self, result: EvalResult, tasks: dict[str, TaskConfig]) -> float | None:
         """The monitored metric, higher is better; None where no task has it."""
-        names = self.monitor_tasks or [name for name, task in tasks.items() if task.kind is TaskKind.binary]
+        served = [name for name, task in tasks.items() if task.kind is TaskKind.binary and not task.auxiliary]
+        names = self.monitor_tasks or served
         values = [result.metrics[name].get(self.monitor) for name in names]
         known = [value for value in values if value is not None]
         return _HIGHER[self.monitor] * sum(known) / len(known) if known else None

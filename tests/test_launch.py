@@ -273,6 +273,55 @@ class TestQuickstart:
         assert "runs/other/metrics.jsonl" in done.stdout
 
 
+class TestStudy:
+    def test_etsy_trains_every_arm_in_every_world_and_compares(self, installed):
+        done = installed.run("launch/study.sh", "etsy", "optim.dense.lr=0.1", SEEDS="0 7", ROWS="1000", OUT="out")
+        assert done.returncode == 0, done.stderr
+        calls = installed.calls()
+        experiments = [p.stem for p in sorted((ROOT / "conf" / "experiment").glob("etsy_*.yaml"))]
+        for seed in ("0", "7"):
+            assert f"-m rec.simulate --out data/etsy/{seed} --rows 1000 --seed {seed}" in calls
+            for name in experiments:
+                folder = f"run_dir=out/etsy/{name}/{seed}"
+                (trained,) = (i for i, call in enumerate(calls) if "rec.train" in call and f"{folder} " in call)
+                assert f"seed={seed} {folder} experiment={name} data.path=data/etsy/{seed} " in calls[trained]
+                assert calls[trained].endswith("optim.dense.lr=0.1 OMP=1")
+                assert calls[trained + 1].endswith(f"rec.evaluate {folder} predictions=true OMP=1")
+        assert len(calls) == 2 + 2 * 2 * len(experiments) + 1
+        names = calls[-1].partition(" --names ")[2].split(" --")[0].split()
+        assert sorted(names) == experiments and names[0] == "etsy_shared_bottom"
+        sides = [f"out/etsy/{name}/0 out/etsy/{name}/7" for name in names]
+        assert f"rec.compare --reference {' --candidate '.join(sides)} --names" in calls[-1]
+        assert "tables are in out/etsy" in done.stdout
+
+    def test_what_is_done_is_not_done_again(self, installed):
+        installed.write("out/etsy/etsy_mmoe/0/predictions/test/part-00000.parquet", "")
+        installed.run("launch/study.sh", "etsy", SEEDS="0", OUT="out")
+        assert not [call for call in installed.calls() if "run_dir=out/etsy/etsy_mmoe/0 " in call]
+
+    def test_kuairand_compares_architectures_of_one_size_and_calibrates(self, installed):
+        done = installed.run("launch/study.sh", "kuairand", SEEDS="3", RAW="/raw", OUT="out")
+        assert done.returncode == 0, done.stderr
+        calls = installed.calls()
+        assert calls[0] == "-m rec.prepare kuairand --raw /raw --out data/kuairand"
+        trained = [call.split("experts=")[1].split()[0] for call in calls if "rec.train" in call and "experts=" in call]
+        assert trained == ["shared_bottom", "mmoe", "ple"]
+        assert sum("-m rec.widen experiment=kuairand experts=" in call for call in calls) == 3
+        assert "rec.calibrate run_dir=out/kuairand/calibrated" in calls[-1] and "--valid-days 1" in calls[-3]
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "said"),
+        [
+            ([], 1, "name a study, etsy or kuairand"),
+            (["esty"], 2, "study 'esty' is not known"),
+            (["kuairand"], 1, "set RAW"),
+        ],
+    )
+    def test_bad_arguments(self, installed, arguments, code, said):
+        done = installed.run("launch/study.sh", *arguments)
+        assert done.returncode == code and said in done.stderr
+
+
 class TestTrain:
     def test_one_rank_a_gpu(self, installed):
         done = installed.run("launch/train.sh", "seed=1", REC_DEVICE="cpu", NPROC="3", MAX_RESTARTS="4")

@@ -21,6 +21,7 @@ def test_score_is_the_mean_over_binary_tasks_that_have_it_and_higher_is_better()
     assert TrainerConfig(monitor="ne").score(RESULT, TASKS) == pytest.approx(-0.7)
     assert TrainerConfig(monitor="ne", monitor_tasks=["b"]).score(RESULT, TASKS) == -0.6
     assert TrainerConfig(monitor_tasks=["b"]).score(RESULT, TASKS) is None
+    assert TrainerConfig(monitor="ne").score(RESULT, TASKS | {"a": TaskConfig("a", auxiliary=True)}) == -0.6
     with pytest.raises(ConfigError, match="trainer.monitor is 'aucc'; did you mean 'auc'"):
         TrainerConfig(monitor="aucc")
 
