@@ -254,12 +254,14 @@ class TestQuickstart:
         assert installed.calls() == [
             "-m rec.simulate --out data/market --rows 1000 --seed 0",
             f"{torchrun} rec.train experiment=quickstart run_dir=runs/quickstart checkpoint.resume=auto seed=1 OMP=7",
-            f"{torchrun} rec.evaluate run_dir=runs/quickstart OMP=7",
+            f"{torchrun} rec.calibrate run_dir=runs/quickstart OMP=7",
+            "-m rec.export run_dir=runs/quickstart",
+            f"{torchrun} rec.evaluate run_dir=runs/quickstart predictions=true OMP=7",
         ]
         assert "runs/quickstart/metrics.jsonl" in done.stdout
         assert "tensorboard --logdir runs" in done.stdout
 
-    @pytest.mark.parametrize("step", ["rec.simulate", "rec.train", "rec.evaluate"])
+    @pytest.mark.parametrize("step", ["rec.simulate", "rec.train", "rec.calibrate", "rec.export", "rec.evaluate"])
     def test_stops_where_a_step_fails(self, installed, step):
         installed.write(".venv/bin/torchrun", '#!/bin/bash\n[[ "$*" != *"$(<fail)"* ]]\n')
         (installed.root / "fail").write_text(step)
@@ -269,7 +271,7 @@ class TestQuickstart:
 
     def test_evaluates_the_run_that_was_trained(self, installed):
         done = installed.run("launch/quickstart.sh", "run_dir=runs/other")
-        assert "run_dir=runs/other OMP" in installed.calls()[-1]
+        assert "run_dir=runs/other predictions=true OMP" in installed.calls()[-1]
         assert "runs/other/metrics.jsonl" in done.stdout
 
 
