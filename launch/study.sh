@@ -30,11 +30,11 @@ train_and_score() {
     run "${torchrun[@]}" -m rec.evaluate run_dir="$run_dir" predictions=true
 }
 
-# compare ARM ARM...: the first is the reference
+# compare ARM ARM...: the first is the reference, and names the table
 compare() {
-    local arguments=(--reference "${seeds[@]/#/$out/$1/}") arm
+    local arguments=(--reference "${seeds[@]/#/$out/$1/}") table=$out/against_$1 arm
     for arm in "${@:2}"; do arguments+=(--candidate "${seeds[@]/#/$out/$arm/}"); done
-    run "$python" -m rec.compare "${arguments[@]}" --names "$@" --markdown --json "$out/compare.json" | tee "$out/compare.md"
+    run "$python" -m rec.compare "${arguments[@]}" --names "$@" --markdown --json "$table.json" | tee "$table.md"
 }
 
 case $study in
@@ -47,13 +47,14 @@ etsy)
         done
     done
     compare "${arms[@]}"
+    compare "${arms[@]:1}"
     ;;
 kuairand)
     : "${RAW:?set RAW to the folder of the KuaiRand-Pure download: RAW=DIR $0 kuairand}"
     run "$python" -m rec.prepare kuairand --raw "$RAW" --out data/kuairand
     arms=(shared_bottom mmoe ple)
     for arm in "${arms[@]}"; do # as many dense weights as the MMoE of experiment=kuairand
-        width=$("$python" -m rec.widen experiment=kuairand experts="$arm" --like experiment=kuairand experts=mmoe | head -1)
+        width=$("$python" -m rec.widen experiment=kuairand experts="$arm" --like experiment=kuairand experts=mmoe)
         for seed in "${seeds[@]}"; do
             train_and_score "$arm" "$seed" experiment=kuairand experts="$arm" "$width" "$@"
         done

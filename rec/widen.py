@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     config.model.experts.layer_sizes = sizes
     print(f"model.experts.layer_sizes={str(sizes).replace(' ', '')}")
-    print(f"# {before:,} -> {dense_parameters(config):,} dense weights; {' '.join(args.like)} has {target:,}")
+    said = f"{before:,} -> {dense_parameters(config):,} dense weights; {' '.join(args.like)} has {target:,}"
+    print(said, file=sys.stderr)  # apart from the setting, which a script may take as it is
 
 
 if __name__ == "__main__":

@@ -289,11 +289,12 @@ class TestStudy:
                 assert f"seed={seed} {folder} experiment={name} data.path=data/etsy/{seed} " in calls[trained]
                 assert calls[trained].endswith("optim.dense.lr=0.1 OMP=1")
                 assert calls[trained + 1].endswith(f"rec.evaluate {folder} predictions=true OMP=1")
-        assert len(calls) == 2 + 2 * 2 * len(experiments) + 1
-        names = calls[-1].partition(" --names ")[2].split(" --")[0].split()
+        assert len(calls) == 2 + 2 * 2 * len(experiments) + 2
+        assert "--reference out/etsy/etsy_mmoe/0 out/etsy/etsy_mmoe/7 --candidate" in calls[-1]
+        names = calls[-2].partition(" --names ")[2].split(" --")[0].split()
         assert sorted(names) == experiments and names[0] == "etsy_shared_bottom"
         sides = [f"out/etsy/{name}/0 out/etsy/{name}/7" for name in names]
-        assert f"rec.compare --reference {' --candidate '.join(sides)} --names" in calls[-1]
+        assert f"rec.compare --reference {' --candidate '.join(sides)} --names" in calls[-2]
         assert "tables are in out/etsy" in done.stdout
 
     def test_what_is_done_is_not_done_again(self, installed):
