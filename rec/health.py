@@ -21,7 +21,7 @@ from torchmetrics import Metric
 
 from rec.schema import check_range
 
-_CKA_COLUMNS = 4096  # units of all experts together that are compared; their products take 128 MiB
+_CKA_COLUMNS = 2048  # units of all experts together that are compared; their products take 32 MiB
 _DEAD = 0.1  # a dead expert has less than this share of an even gate's 1/N, in every task
 _POLARISED = 0.9  # a polarised gate gives one expert more than this
 _ALIKE = 0.05  # experts of less specialisation than this do the same
@@ -63,8 +63,8 @@ class ExpertHealth(Metric):
     """Diagnostics of gates and experts over all rows of all ranks, in memory that does not grow with rows.
 
     Sums are float64 and exact up to rounding, so the result is the same on any number of ranks. Specialisation is a
-    property of the first steps' rows, until they are `cka_rows` over all ranks, and where the experts have more than 4096
-    units together, of the first 4096 // N of each; linear CKA as in Kornblith et al., ICML 2019, equation 3. It costs
+    property of the first steps' rows, until they are `cka_rows` over all ranks, and where the experts have more than 2048
+    units together, of the first 2048 // N of each; linear CKA as in Kornblith et al., ICML 2019, equation 3. It costs
     rows (N H)^2 products and is biased: independent Gaussian experts have a CKA of about H / (H + rows), not 0.
 
     `update` raises ValueError where shapes disagree. `compute` raises ValueError where gates of counted rows do not sum to 1,
