@@ -51,6 +51,7 @@ columns, d network width, T tasks, N experts, H expert width.
     logs          events -> metrics.jsonl, TensorBoard, console
     trainer       all of these -> a trained model
     config        conf/ and overrides -> Config
+    serving       network, calibrators -> a program on plain tensors, and the description of its inputs
     widen         two Configs -> the width that gives one the other's number of weights
 
   run (python -m rec.<name>)

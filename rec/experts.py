@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rec.hashing import uniform
 from rec.schema import ConfigError, check_range
-from rec.stacked import StackedCross, StackedMLP
+from rec.stacked import StackedCross, StackedMLP, prune_stack
 
 
 @dataclass
@@ -184,6 +184,12 @@ class ExpertStack(nn.Module):
             outputs.append(stack(inputs).unflatten(0, (self.repeat, num)))
         return torch.cat(outputs, dim=1).flatten(0, 1).transpose(0, 1)
 
+    def prune(self, repeats: list[int]) -> None:
+        """Leave only the experts of the inputs numbered `repeats`, in that order."""
+        for num, stack in zip(self.nums, self.stacks, strict=True):
+            prune_stack(stack, [r * num + i for r in repeats for i in range(num)])
+        self.repeat = len(repeats)
+
 
 class Gates(nn.Module):
     """G softmax gates over N experts, linear or with hidden layers: softmax((W x + b) / temperature).
@@ -210,6 +216,11 @@ class Gates(nn.Module):
         logits = self.logits(x).transpose(0, 1).float() / self.config.temperature
         weights = torch.softmax(logits.masked_fill(~self.allowed, -torch.inf), dim=-1)
         return self._dropped(weights, draws) if self.training and self.config.expert_dropout else weights
+
+    def prune(self, gates: list[int]) -> None:
+        """Leave only the gates numbered `gates`, in that order."""
+        prune_stack(self.logits, gates)
+        self.allowed = self.allowed[gates]
 
     def _dropped(self, weights: Tensor, draws: Tensor) -> Tensor:
         """The weights without the experts that are left out, renormalised; all stay where a gate would lose every one.
@@ -239,12 +250,23 @@ class Mixture:
     expert_outputs: Tensor | None = None
 
 
-def mix_experts(gate_weights: Tensor, expert_outputs: Tensor) -> Tensor:
-    """[B, G, N] and [B, N, H] -> [B, G, H], sum_i g_i E_i."""
-    return torch.bmm(gate_weights.to(expert_outputs.dtype), expert_outputs)
+def mix_experts(gate_weights: Tensor, expert_outputs: Tensor, *, apart: bool = False) -> Tensor:
+    """[B, G, N] and [B, N, H] -> [B, G, H], sum_i g_i E_i; `apart`: a product a gate, of which other gates change no bit."""
+    gate_weights = gate_weights.to(expert_outputs.dtype)
+    if apart:
+        return torch.cat([torch.bmm(gate, expert_outputs) for gate in gate_weights.split(1, dim=1)], dim=1)
+    return torch.bmm(gate_weights, expert_outputs)
 
 
-class SharedBottom(nn.Module):
+class Experts(nn.Module):
+    """[B, d] and random bits [B, 2] -> Mixture of T tasks. Base of the kinds."""
+
+    def prune(self, tasks: list[int]) -> None:
+        """Leave only what the towers of `tasks` read, in that order: T becomes their number, and no bit of theirs changes."""
+        raise NotImplementedError
+
+
+class SharedBottom(Experts):
     """y_t = tower_t(f(z)): every task reads the same f(z) (Caruana 1997)."""
 
     def __init__(self, config: SharedBottomConfig, *, in_features: int, num_tasks: int) -> None:
@@ -256,8 +278,12 @@ class SharedBottom(nn.Module):
         """[B, d] -> values [B, T, H]."""
         return Mixture(self.bottom(z)[0].unsqueeze(1).expand(-1, self.num_tasks, -1))
 
+    def prune(self, tasks: list[int]) -> None:
+        """Every tower reads the one network."""
+        self.num_tasks = len(tasks)
 
-class MMoE(nn.Module):
+
+class MMoE(Experts):
     """y_t = tower_t(sum_i g_t(z)_i f_i(z)), g_t(z) = softmax((W_t z + b_t) / temperature) (Ma et al. 2018, equations 6 and 7).
 
     With a shared gate g_t is the same for all tasks (OMoE, equation 5).
@@ -275,7 +301,12 @@ class MMoE(nn.Module):
         """[B, d] -> values [B, T, H], gate_weights [B, T, N]."""
         gate_weights = self.gates(z, draws).expand(-1, self.num_tasks, -1)
         outputs = self.experts(z)
-        return Mixture(mix_experts(gate_weights, outputs), gate_weights, outputs)
+        return Mixture(mix_experts(gate_weights, outputs, apart=not self.training), gate_weights, outputs)
+
+    def prune(self, tasks: list[int]) -> None:
+        """Leave only the gates of `tasks`; every expert stays, since each of these gates reads all."""
+        self.gates.prune([0] if len(self.gates.allowed) == 1 else tasks)
+        self.num_tasks = len(tasks)
 
 
 class PLELevel(nn.Module):
@@ -295,15 +326,27 @@ class PLELevel(nn.Module):
         if not last:
             allowed = torch.cat([allowed, torch.ones_like(allowed[:1])])
         self.gates = Gates(config, in_features, allowed=allowed)
+        self.read: slice | list[int] = slice(len(allowed))  # of the inputs, by the gates
+        self.mixed: slice | list[int] = slice(None)  # of the experts that the gates know
 
     def forward(self, x: Tensor, draws: Tensor) -> Mixture:
         """[T + 1, B, in], the tasks' inputs and the shared one -> values [B, T + 1 (last level: T), H]."""
         outputs = torch.cat([self.task_experts(x[:-1]), self.shared_experts(x[-1])], dim=1)
-        gate_weights = self.gates(x[: len(self.gates.allowed)], draws)
-        return Mixture(mix_experts(gate_weights, outputs), gate_weights, outputs)
+        gate_weights = self.gates(x[self.read], draws)[..., self.mixed]
+        return Mixture(mix_experts(gate_weights, outputs, apart=not self.training), gate_weights, outputs)
+
+    def prune(self, tasks: list[int], *, last: bool) -> None:
+        """Leave only the gates of `tasks`, and the shared one; on the last level, where there is none, also only their experts."""
+        num_tasks, num_own = self.task_experts.repeat, sum(self.task_experts.nums)
+        if last:
+            of_tasks = [t * num_own + i for t in tasks for i in range(num_own)]
+            self.mixed = [*of_tasks, *range(num_tasks * num_own, self.gates.allowed.shape[1])]
+            self.task_experts.prune(tasks)
+        self.gates.prune(tasks if last else [*tasks, num_tasks])
+        self.read = slice(len(tasks)) if last else [*tasks, num_tasks]
 
 
-class PLE(nn.Module):
+class PLE(Experts):
     """Progressive layered extraction (Tang et al. 2020): levels of task and shared experts; one level is CGC."""
 
     def __init__(self, config: PLEConfig, *, in_features: int, num_tasks: int) -> None:
@@ -323,19 +366,31 @@ class PLE(nn.Module):
             x = mixture.values.transpose(0, 1)
         return mixture
 
+    def prune(self, tasks: list[int]) -> None:
+        """Leave only what the towers of `tasks` read: not all that is of the others.
+
+        The last level loses the other tasks' gates and experts, the one before it their gates. Their experts stay there, since
+        the shared gate reads them, and so does all that these read on the levels before.
+        """
+        for level in self.levels[-2:]:
+            assert isinstance(level, PLELevel)
+            level.prune(tasks, last=level is self.levels[-1])
+        if len(self.levels) == 1:
+            self.num_tasks = len(tasks)
+
 
 EXPERTS_KINDS: dict[str, type[ExpertsConfig]] = {
     "shared_bottom": SharedBottomConfig,
     "mmoe": MMoEConfig,
     "ple": PLEConfig,
 }
-EXPERTS: dict[type[ExpertsConfig], type[nn.Module]] = {
+EXPERTS: dict[type[ExpertsConfig], type[Experts]] = {
     SharedBottomConfig: SharedBottom,
     MMoEConfig: MMoE,
     PLEConfig: PLE,
 }
 
 
-def build_experts(config: ExpertsConfig, *, in_features: int, num_tasks: int) -> nn.Module:
+def build_experts(config: ExpertsConfig, *, in_features: int, num_tasks: int) -> Experts:
     """The module that `config` describes: [B, d] and random bits [B, 2] -> Mixture."""
     return EXPERTS[type(config)](config, in_features=in_features, num_tasks=num_tasks)

@@ -22,23 +22,30 @@ def tower_of(tasks: dict[str, TaskConfig]) -> list[int]:
 
 
 class Funnel(nn.Module):
-    """Composes the towers' logits into one logit a task."""
+    """Composes the towers' logits into one logit a task.
+
+    Args:
+        tasks: what the towers are of, see `tower_of`.
+        outputs: the O tasks whose logits are given, in that order; by default all.
+    """
 
     correction: Tensor
 
-    def __init__(self, tasks: dict[str, TaskConfig]) -> None:
+    def __init__(self, tasks: dict[str, TaskConfig], *, outputs: list[str] | None = None) -> None:
         super().__init__()
         names = list(tasks)
+        self.outputs = [names.index(name) for name in outputs or names]
         self.products = [names.index(task.product) if task.product else None for task in tasks.values()]
         self.ways = [names.index(task.via) if task.via else None for task in tasks.values()]
         self.second = {t: len(tasks) + i for i, t in enumerate(tower_of(tasks)[len(tasks) :])}
-        self.plain = not any(task.product or task.via for task in tasks.values())
-        self.register_buffer("correction", torch.tensor([task.correction for task in tasks.values()]), persistent=False)
+        composed = any(task.product or task.via for task in tasks.values())
+        self.plain = not composed and self.outputs == [*range(len(tasks))]
+        correction = [tasks[names[t]].correction for t in self.outputs]
+        self.register_buffer("correction", torch.tensor(correction), persistent=False)
 
     def forward(self, towers: Tensor) -> Tensor:
-        """[B, towers] -> [B, T]; outside training corrected to the log's own odds."""
-        num_tasks = len(self.products)
-        logits = towers if self.plain else torch.stack([self._logit(towers, t) for t in range(num_tasks)], dim=1)
+        """[B, towers] -> [B, O]; outside training corrected to the log's own odds."""
+        logits = towers if self.plain else torch.stack([self._logit(towers, t) for t in self.outputs], dim=1)
         return logits if self.training else logits + self.correction
 
     def _logit(self, towers: Tensor, task: int) -> Tensor:

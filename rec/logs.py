@@ -18,8 +18,8 @@ Beside these, `rec.evaluate` adds `calibrated` to its `eval`, and `rec.calibrate
 measured_on, kind and tasks {task: {before, global, after, cells, reliability {before, after}}}; before is without calibrators,
 global with one curve a task (absent where there is no other), after with all of them.
 
-The values of `metrics`: of a binary task auc, pr_auc, logloss, ne, calibration, ece, field_ece (null in a domain), gauc, rows, positives (and auc_truth, gap_closed
-where true probabilities are known); of a regression mae, rmse, calibration, rows. What has no meaning there is null. Fields are
+The values of `metrics`: of a binary task auc, pr_auc, logloss, ne, calibration, ece, field_ece (null in a domain), gauc, rows, positives
+(and auc_truth, gap_closed where true probabilities are known); of a regression mae, rmse, calibration, rows. What has no meaning there is null. Fields are
 added, never renamed. After a resume steps may repeat: the last line of a step counts.
 """
 

@@ -74,3 +74,13 @@ class Ranker(nn.Module):
             towers = self.towers(mixture.values)  # [B, towers]
         logits = self.funnel(towers.float())  # [B, T]
         return Outputs(logits, x, mixture.gate_weights, mixture.expert_outputs)
+
+    def prune(self, data: DataConfig) -> None:
+        """Leave only what the logits of `data.served_tasks` need, in that order; a task that one is composed of keeps its tower."""
+        served = data.served_tasks
+        needed = {name for task in served for name in data.funnel(task)}
+        tasks = [t for t, name in enumerate(data.tasks) if name in needed]
+        self.experts.prune(tasks)
+        self.towers.prune(tasks)
+        funnel = Funnel({name: task for name, task in data.tasks.items() if name in needed}, outputs=served)
+        self.funnel = funnel.to(self.funnel.correction.device).train(self.training)

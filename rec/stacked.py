@@ -1,5 +1,10 @@
-"""Networks of one shape, each with its own weights, run as one batched product a layer and not as a loop of small ones."""
+"""Networks of one shape, each with its own weights, run as one batched product a layer and not as a loop of small ones.
 
+Outside training each network has a product of its own. A batched one chooses its kernel, and with it the order of its sums, by
+the number of networks, so that what one of them says would change in the last bits when another is pruned for serving.
+"""
+
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -32,7 +37,7 @@ class StackedMLP(nn.Module):
         """[N, B, in] or [B, in] (the same for all) -> [N, B, out]."""
         x = x.expand(len(self.weights[0]), *x.shape[-2:])
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
+            x = torch.baddbmm(bias, x, weight) if self.training else _apart(torch.addmm, bias, x, weight)
             if self.activate_last or i + 1 < len(self.weights):
                 x = torch.relu(x)
         return x
@@ -62,6 +67,16 @@ class StackedCross(nn.Module):
         for layer, bias in enumerate(self.biases):
             inner = x
             for factor in self.factors[layer].parameters():
-                inner = torch.bmm(inner, factor)
+                inner = torch.bmm(inner, factor) if self.training else _apart(torch.mm, inner, factor)
             x = torch.addcmul(x, start, inner + bias)
         return self.projection(x)
+
+
+def _apart(product: Callable[..., Tensor], *stacked: Tensor) -> Tensor:
+    return torch.stack([product(*parts) for parts in zip(*stacked, strict=True)])
+
+
+def prune_stack(stack: nn.Module, kept: list[int]) -> None:
+    """Leave only the networks numbered `kept` of a stack, in that order."""
+    for parameter in stack.parameters():
+        parameter.data = parameter.data[kept]

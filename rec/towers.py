@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from rec.schema import ConfigError
-from rec.stacked import StackedMLP
+from rec.stacked import StackedMLP, prune_stack
 
 
 @dataclass
@@ -36,3 +36,9 @@ class TaskTowers(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """[B, T, H] -> logits [B, towers] (of a regression: predictions)."""
         return self.towers(values[:, self.tower_of].transpose(0, 1)).squeeze(-1).transpose(0, 1)
+
+    def prune(self, tasks: list[int]) -> None:
+        """Leave only the towers of `tasks`, which are numbered anew in that order."""
+        kept = [i for i, task in enumerate(self.tower_of) if task in tasks]
+        self.tower_of = [tasks.index(self.tower_of[i]) for i in kept]
+        prune_stack(self.towers, kept)
