@@ -19,8 +19,8 @@ measured_on, kind and tasks {task: {before, global, after, cells, reliability {b
 global with one curve a task (absent where there is no other), after with all of them.
 
 The values of `metrics`: of a binary task auc, pr_auc, logloss, ne, calibration, ece, field_ece (null in a domain), gauc, rows, positives
-(and auc_truth, gap_closed where true probabilities are known); of a regression mae, rmse, calibration, rows. What has no meaning there is null. Fields are
-added, never renamed. After a resume steps may repeat: the last line of a step counts.
+(and auc_truth, gap_closed where true probabilities are known); of a regression mae, rmse, calibration, rows. What has no meaning
+there is null. Fields are added, never renamed. After a resume steps may repeat: the last line of a step counts.
 """
 
 import json
