@@ -271,15 +271,16 @@ def _collapse_arms() -> dict[str, Arm]:
 
 
 @cache
-def _auxiliary_arms() -> dict[str, Arm]:
+def _auxiliary_arms(sparse: bool = False) -> dict[str, Arm]:
+    segments = partial(SegmentWorld, rates=FEW_CLICKS) if sparse else SegmentWorld
     bottom = _matched(SegmentWorld, _shared, like=_mmoe(16)).experts
     arms = {}
     for group, experts in (("shared bottom", bottom), ("MMoE", _mmoe(16))):
-        arms[f"{group} / none"] = Arm(SegmentWorld, experts)
+        arms[f"{group} / none"] = Arm(segments, experts)
         for task in ("add_to_cart", "favourite", "anti_favourite"):
             for weight in (0.3, 1.0):
                 tasks = ("click", "purchase", task)
-                world = partial(SegmentWorld, tasks=tasks, loss_weights={task: weight})
+                world = partial(segments, tasks=tasks, loss_weights={task: weight})
                 arms[f"{group} / {task} x {weight:g}"] = Arm(world, experts)
     return arms
 
@@ -305,6 +306,7 @@ STUDIES = {
     "experts_sparse": Study(partial(_experts_arms, True), score_ranking, _RANKED, steps=588, train_rows=400_000),
     "collapse": Study(_collapse_arms, score_ranking, _RANKED, steps=2000),
     "auxiliary": Study(_auxiliary_arms, score_ranking, _RANKED, steps=1500),
+    "auxiliary_sparse": Study(partial(_auxiliary_arms, True), score_ranking, _RANKED, steps=588, train_rows=400_000),
     "platt": Study(_platt_arms, score_platt, ("logloss", "ece", "field_ece"), steps=2000, lower_is_better=True),
     "mmoe_paper": Study(
         _paper_arms,

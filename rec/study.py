@@ -7,7 +7,7 @@ differ from each other ten times as much as the arms do.
     experts      shared bottom, OMoE, MMoE and mixed experts with as many parameters (Ma et al., KDD 2018); with --sparse on
                  few rows, several times over, where gates overfit
     collapse     gates that start collapsed: temperature against expert dropout
-    auxiliary    a third task that is akin to purchases, unrelated or opposed
+    auxiliary    a third task that is akin to purchases, unrelated or opposed; --sparse as well
     platt        a model that does not know placements: no calibration, one Platt scaling, one a placement
     mmoe_paper   the synthetic regressions of the MMoE paper, of cosine p
 """
@@ -143,8 +143,9 @@ def parser() -> argparse.ArgumentParser:
         epilog=studies,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("study", choices=[name for name in STUDIES if name != "experts_sparse"])
-    p.add_argument("--sparse", action="store_true", help="experts: 400,000 rows, three times over, about 700 purchases")
+    p.add_argument("study", choices=[name for name in STUDIES if not name.endswith("_sparse")])
+    sparse = "experts, auxiliary: 400,000 rows, three times over, about 700 purchases"
+    p.add_argument("--sparse", action="store_true", help=sparse)
     p.add_argument("--worlds", type=int, help="how many; default: 5, of mmoe_paper 10")
     p.add_argument("--steps", type=int, help="of training; default: the study's")
     p.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="that share the jobs; default 2")
@@ -157,8 +158,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = parser().parse_args(argv)
     try:
-        if args.sparse and args.study != "experts":
-            raise ConfigError(f"--sparse belongs to the study experts, not to {args.study}; leave it out")
+        if args.sparse and f"{args.study}_sparse" not in STUDIES:
+            raise ConfigError(
+                f"--sparse belongs to the studies experts and auxiliary, not to {args.study}; leave it out"
+            )
         for name in ("worlds", "steps", "processes"):
             check_range(f"--{name}", getattr(args, name), 1, 1_000_000)
         if args.json and not args.json.absolute().parent.is_dir():
@@ -166,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from error
     torch.set_num_threads(1)
-    name = "experts_sparse" if args.sparse else args.study
+    name = f"{args.study}_sparse" if args.sparse else args.study
     result = run_study(name, num_worlds=args.worlds, steps=args.steps, processes=args.processes)
     print(caption(result), as_text(make_table(result), markdown=args.markdown), sep="\n\n")
     if args.json:

@@ -73,7 +73,7 @@ def test_command_gives_the_same_from_any_number_of_processes(tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["platt", "--sparse"], "--sparse belongs to the study experts, not to platt"),
+        (["platt", "--sparse"], "--sparse belongs to the studies experts and auxiliary, not to platt"),
         (["platt", "--json", "no/such/folder.json"], "no/such/folder.json: its folder does not exist"),
         (["experts", "--worlds", "0"], "--worlds is 0, expected a value from 1"),
     ],
