@@ -35,7 +35,9 @@ class TaskTowers(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """[B, T, H] -> logits [B, towers] (of a regression: predictions)."""
-        return self.towers(values[:, self.tower_of].transpose(0, 1)).squeeze(-1).transpose(0, 1)
+        if self.tower_of != [*range(values.shape[1])]:  # a copy in the backward that is seldom needed
+            values = values[:, self.tower_of]
+        return self.towers(values.transpose(0, 1)).squeeze(-1).transpose(0, 1)
 
     def prune(self, tasks: list[int]) -> None:
         """Leave only the towers of `tasks`, which are numbered anew in that order."""
