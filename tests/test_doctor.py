@@ -26,6 +26,7 @@ def machine(monkeypatch):
         "torchmetrics": "1.9.0",
         "hydra-core": "1.3.8",
         "numpy": "2.3.1",
+        "scipy": "1.17.1",
         "pyarrow": "21.0.0",
         "tensorboard": "2.20.0",
         "tqdm": "4.67.1",

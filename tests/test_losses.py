@@ -113,8 +113,8 @@ class TestSampling:
         """One logit for all rows, fitted: it ends at the odds that the correction takes back to the true rate."""
         tasks = {"click": TaskConfig(label="click", negatives_kept=0.2, positive_weight=3.0)}
         loss, generator = MultitaskLoss(tasks), torch.Generator().manual_seed(1)
-        labels = (torch.rand(200_000, 1, generator=generator) < 0.1).float()
-        draws = torch.randint(-(2**62), 2**62, (200_000, 2), generator=generator)
+        labels = (torch.rand(20_000, 1, generator=generator) < 0.1).float()
+        draws = torch.randint(-(2**62), 2**62, (20_000, 2), generator=generator)
         weights = loss.sampled(labels, torch.ones_like(labels), draws)
         logit = torch.zeros(1, requires_grad=True)
         for _ in range(60):
@@ -122,4 +122,4 @@ class TestSampling:
             (gradient,) = torch.autograd.grad(total, logit)
             logit = (logit - 3 * gradient).detach().requires_grad_()
         served = torch.sigmoid(logit + tasks["click"].correction)
-        assert served.item() == pytest.approx(labels.mean().item(), rel=0.02)
+        assert served.item() == pytest.approx(labels.mean().item(), rel=0.04)
