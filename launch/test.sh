@@ -8,5 +8,6 @@ set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
 ./launch/setup.sh
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start ranks, and several threads in each would fight for the cores
 if [[ $# -eq 0 ]]; then set -- -m "not slow and not gpu"; fi
 run .venv/bin/python -m pytest "$@"

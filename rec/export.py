@@ -240,7 +240,7 @@ def export_run(command: Command, config: Config, rank: Rank) -> None:
 def _report(folder: Path, said: dict[str, Any], rows: CheckRows, ran: Ran) -> str:
     network, calibration = said["network"], said["calibration"]
     times = ", ".join(
-        f"{median:.2f} ms for {len(rows.timed[num_rows]['domain_id'])} rows"
+        f"{median:.2f} ms for {len(rows.timed[num_rows]['domain_id'])} row{'s' * (num_rows > 1)}"
         for num_rows, median in ran.milliseconds.items()
     )
     lines = [
