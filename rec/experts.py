@@ -4,6 +4,7 @@ Shared bottom (Caruana 1997), MMoE and OMoE (Ma et al., KDD 2018), CGC and PLE (
 `[B, d] -> Mixture`. Experts may be of several kinds, MLPs and cross networks; those of one shape run as one batched product.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -258,12 +259,12 @@ def mix_experts(gate_weights: Tensor, expert_outputs: Tensor, *, apart: bool = F
     return torch.bmm(gate_weights, expert_outputs)
 
 
-class Experts(nn.Module):
+class Experts(nn.Module, ABC):
     """[B, d] and random bits [B, 2] -> Mixture of T tasks. Base of the kinds."""
 
+    @abstractmethod
     def prune(self, tasks: list[int]) -> None:
         """Leave only what the towers of `tasks` read, in that order: T becomes their number, and no bit of theirs changes."""
-        raise NotImplementedError
 
 
 class SharedBottom(Experts):

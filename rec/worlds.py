@@ -5,6 +5,7 @@ feed the network one vector and no ids, so that an experiment takes minutes on a
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -20,15 +21,15 @@ from rec.schema import ConfigError, DataConfig, DomainConfig, FeatureConfig, Fea
 BLOCK_ROWS = 8192  # rows drawn at a time, so that small batches cost little
 
 
-class World:
+class World(ABC):
     """Rows without end, a function of `seed` alone. A subclass sets `data` and gives `draw`."""
 
     seed: int
     data: DataConfig
 
+    @abstractmethod
     def draw(self, num_rows: int, generator: torch.Generator) -> Batch:
         """Fresh rows from the generator."""
-        raise NotImplementedError
 
     def batches(self, num_batches: int, *, batch_size: int, stream: int = 0) -> Iterator[Batch]:
         """Fresh batches; another `stream` of one world gives other rows of the same probabilities."""
