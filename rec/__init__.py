@@ -24,6 +24,7 @@ columns, d network width, T tasks, N experts, H expert width.
     embeddings    KeyedJaggedTensor -> pooled [B, sum of D]
     interaction   [B, d] -> crosses [B, d]
     stacked       N networks of one shape as batched products
+    mixtures      what experts are made of: stacks, gates
     experts       [B, d] -> mixtures [B, T, H], gate_weights [B, T, N]
     towers        [B, T, H] -> a logit a tower
     funnel        towers' logits -> logits [B, T]: products along a funnel, corrections for sampling

@@ -15,11 +15,12 @@ from torch import nn
 
 from rec.calibration import CalibrationConfig, Calibrators
 from rec.curves import auc, exact_curve
-from rec.experts import ExpertConfig, ExpertKind, ExpertsConfig, MMoE, MMoEConfig, SharedBottomConfig
+from rec.experts import MMoE, MMoEConfig, SharedBottomConfig
 from rec.features import Batch
 from rec.health import ExpertHealth
 from rec.intervals import BinaryMeasure, TaskRows
 from rec.losses import MultitaskLoss
+from rec.mixtures import ExpertConfig, ExpertKind, ExpertsConfig
 from rec.model import ModelConfig, Outputs, Ranker
 from rec.predictions import Rows
 from rec.towers import TowersConfig

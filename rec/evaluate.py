@@ -16,11 +16,11 @@ from rec.checkpoint import Checkpoints, Info
 from rec.config import Config
 from rec.data import Reader
 from rec.distributed import Rank, process_group, run_entry
-from rec.experts import GatedConfig
 from rec.features import DataError
 from rec.health import ExpertHealth, advice, table_of_health
 from rec.logs import RunLog, table_of
 from rec.metrics import MultitaskMetrics
+from rec.mixtures import GatedConfig
 from rec.predictions import About, PredictionWriter
 from rec.schema import ConfigError, DataConfig
 from rec.train import build_model

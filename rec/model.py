@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from rec.embeddings import Embeddings
-from rec.experts import ExpertsConfig, build_experts
+from rec.experts import build_experts
 from rec.features import Batch
 from rec.funnel import Funnel, tower_of
 from rec.interaction import InteractionConfig, build_interaction
+from rec.mixtures import ExpertInputs, ExpertsConfig, Sizes
 from rec.schema import DataConfig
 from rec.towers import TaskTowers, TowersConfig
 
@@ -58,7 +59,9 @@ class Ranker(nn.Module):
         self.embeddings = Embeddings(data, device=device)
         width = self.embeddings.out_features + data.num_dense
         self.interaction = build_interaction(config.interaction, width)
-        self.experts = build_experts(config.experts, in_features=width, num_tasks=num_tasks)
+        self.experts = build_experts(
+            config.experts, Sizes(in_features=width, num_tasks=num_tasks, num_domains=len(data.domains))
+        )
         self.towers = TaskTowers(
             config.towers, in_features=config.experts.layer_sizes[-1], tower_of=tower_of(data.tasks)
         )
@@ -70,7 +73,9 @@ class Ranker(nn.Module):
         x = torch.cat([pooled, batch.dense], dim=1)  # [B, d]
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             x = self.interaction(x)  # [B, d]
-            mixture = self.experts(x, batch.draws)  # [B, T, H], gates [B, T, N]
+            mixture = self.experts(
+                ExpertInputs(x, batch.draws, domain_id=batch.domain_id)
+            )  # [B, T, H], gates [B, T, N]
             towers = self.towers(mixture.values)  # [B, towers]
         logits = self.funnel(towers.float())  # [B, T]
         return Outputs(logits, x, mixture.gate_weights, mixture.expert_outputs)

@@ -13,9 +13,9 @@ from rec.calibration import Calibrators
 from rec.checkpoint import Info
 from rec.columns import LISTS, TEXTS, is_any, plain_type
 from rec.config import Config
-from rec.experts import GatedConfig
 from rec.features import Batch
 from rec.hashing import hash_ints, hash_strings
+from rec.mixtures import ExpertInputs, GatedConfig
 from rec.model import Ranker
 from rec.schema import DataConfig, FeatureConfig, FeatureKind, TaskConfig, TaskKind
 
@@ -61,7 +61,7 @@ class Served(nn.Module):
         pooled = [self._pooled(key, values[key], lengths[key]) for key in self.table_of]
         x = self.interaction(torch.cat([*pooled, dense], dim=1))
         draws = domain_id.new_zeros(0, 2)  # only training reads them
-        logits = self.funnel(self.towers(self.experts(x, draws).values))
+        logits = self.funnel(self.towers(self.experts(ExpertInputs(x, draws, domain_id=domain_id)).values))
         if self.calibrators is not None:
             logits = self.calibrators(logits, domain_id)
         return torch.where(self.binary, logits.sigmoid(), logits)

@@ -14,11 +14,11 @@ from rec.checkpoint import Checkpoints, Resume
 from rec.config import Config
 from rec.data import Reader
 from rec.distributed import Rank, from_main, process_group, run_entry
-from rec.experts import GatedConfig
 from rec.features import DataError
 from rec.health import ExpertHealth
 from rec.logs import RunLog
 from rec.metrics import MultitaskMetrics
+from rec.mixtures import GatedConfig
 from rec.model import Ranker
 from rec.optim import Optimizers
 from rec.schema import ConfigError

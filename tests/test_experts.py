@@ -4,18 +4,13 @@ import torch
 
 from rec.experts import (
     PLE,
-    DropoutUnit,
-    ExpertConfig,
-    ExpertKind,
-    ExpertStack,
-    GatedConfig,
-    Gates,
     MMoE,
     MMoEConfig,
     PLEConfig,
     SharedBottomConfig,
     build_experts,
 )
+from rec.mixtures import DropoutUnit, ExpertConfig, ExpertInputs, ExpertKind, ExpertStack, GatedConfig, Gates, Sizes
 from rec.schema import ConfigError
 from tests.test_stacked import cross, mlp, randomise_biases
 
@@ -56,11 +51,11 @@ def test_mmoe_is_the_paper_s_sum_over_experts(
         temperature=temperature,
         shared_gate=shared_gate,
     )
-    module = build_experts(config, in_features=7, num_tasks=2)
+    module = build_experts(config, Sizes(in_features=7, num_tasks=2))
     assert isinstance(module, MMoE)
     randomise_biases(module)
     z = torch.randn(batch, 7)
-    mixture = module(z, draws(batch))
+    mixture = module(ExpertInputs(z, draws(batch)))
     num = 5 if mixed else 3
     assert mixture.values.shape == (batch, 2, 4) and mixture.gate_weights.shape == (batch, 2, num)
     for b, row in enumerate(z.numpy()):
@@ -105,10 +100,10 @@ def test_ple_is_its_equations(levels: int, mixed: bool) -> None:
         num_task_experts=2,
         mixed_task=MIXED if mixed else [],
     )
-    module = build_experts(config, in_features=7, num_tasks=2)
+    module = build_experts(config, Sizes(in_features=7, num_tasks=2))
     randomise_biases(module)
     z = torch.randn(4, 7)
-    mixture = module(z, draws(4))
+    mixture = module(ExpertInputs(z, draws(4)))
     num_own = 5 if mixed else 2
     assert mixture.values.shape == (4, 2, 4) and mixture.gate_weights.shape == (4, 2, 2 * num_own + 3)
     names = [f"{t}.{i}" for t in range(2) for i in range(num_own)] + [f"s.{i}" for i in range(3)]
@@ -128,17 +123,19 @@ def test_ple_is_its_equations(levels: int, mixed: bool) -> None:
     ],
 )
 def test_everything_learns_and_experts_start_different(config: GatedConfig) -> None:
-    module = build_experts(config, in_features=7, num_tasks=2)
-    module(torch.randn(64, 7), draws(64)).values.square().sum().backward()
+    module = build_experts(config, Sizes(in_features=7, num_tasks=2))
+    module(ExpertInputs(torch.randn(64, 7), draws(64))).values.square().sum().backward()
     still = [name for name, p in module.named_parameters() if p.grad is None or not p.grad.any()]
     assert not still
-    twins = MMoE(MMoEConfig(layer_sizes=[5], num_experts=2), in_features=7, num_tasks=2).experts.stacks[0].weights[0]
+    twins = (
+        MMoE(MMoEConfig(layer_sizes=[5], num_experts=2), Sizes(in_features=7, num_tasks=2)).experts.stacks[0].weights[0]
+    )
     assert not torch.equal(twins[0], twins[1])
 
 
 def test_gates_start_near_even() -> None:
-    module = build_experts(MMoEConfig(layer_sizes=[5], num_experts=8), in_features=100, num_tasks=2)
-    weights = module(torch.randn(500, 100), draws(500)).gate_weights
+    module = build_experts(MMoEConfig(layer_sizes=[5], num_experts=8), Sizes(in_features=100, num_tasks=2))
+    weights = module(ExpertInputs(torch.randn(500, 100), draws(500))).gate_weights
     assert weights.mean(dim=0).max().item() < 0.2
 
 
@@ -178,7 +175,9 @@ class TestExpertDropout:
     def test_a_gate_of_ple_keeps_one_of_its_own(self) -> None:
         config = PLEConfig(expert_dropout=0.9, layer_sizes=[4], expert_dropout_per=DropoutUnit.row)
         weights = (
-            build_experts(config, in_features=3, num_tasks=2).train()(torch.randn(500, 3), draws(500)).gate_weights
+            build_experts(config, Sizes(in_features=3, num_tasks=2))
+            .train()(ExpertInputs(torch.randn(500, 3), draws(500)))
+            .gate_weights
         )
         torch.testing.assert_close(weights.sum(-1), torch.ones(500, 2))
         assert not weights[:, 0, 2:4].any() and not weights[:, 1, 0:2].any()
@@ -196,10 +195,10 @@ class TestExpertDropout:
 
 
 def test_shared_bottom_gives_every_task_the_same() -> None:
-    module = build_experts(SharedBottomConfig(layer_sizes=[5, 4]), in_features=7, num_tasks=3)
+    module = build_experts(SharedBottomConfig(layer_sizes=[5, 4]), Sizes(in_features=7, num_tasks=3))
     randomise_biases(module)
     z = torch.randn(2, 7)
-    mixture = module(z, draws(2))
+    mixture = module(ExpertInputs(z, draws(2)))
     assert mixture.gate_weights is None
     for b, row in enumerate(z.numpy()):
         for t in range(3):
