@@ -21,12 +21,17 @@ columns, d network width, T tasks, N experts, H expert width.
     data          Parquet, seed, step -> this rank's Batch
 
   model, for one device
-    embeddings    KeyedJaggedTensor -> pooled [B, sum of D]
-    interaction   [B, d] -> crosses [B, d]
+    embeddings    KeyedJaggedTensor -> pooled [B, D] a feature, histories [B, L, D], weights of the linear part
+    histories     histories [B, L, D] and candidate [B, D] -> [B, D]
+    inputs        these and dense columns, side by side -> [B, d]
+    linear        ids' weights and dense columns -> linear features [B, l], logits [B, T]
+    interaction   [B, d] -> crosses [B, d]; embeddings -> a factorisation machine's logits [B, T]
     stacked       N networks of one shape as batched products
     mixtures      what experts are made of: stacks, gates
+    task_networks [B, d] -> mixtures [B, T, H] of networks that each belong to one task
+    domain_experts [B, d] and domain_id [B] -> mixtures [B, T, H]
     experts       [B, d] -> mixtures [B, T, H], gate_weights [B, T, N]
-    towers        [B, T, H] -> a logit a tower
+    towers        [B, T, H], or with an item's vector [B, r] -> a logit a tower
     funnel        towers' logits -> logits [B, T]: products along a funnel, corrections for sampling
     model         Batch -> logits [B, T]
     losses        logits, labels, weights [B, T] -> one loss

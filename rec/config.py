@@ -33,6 +33,7 @@ from rec.model import ModelConfig
 from rec.optim import OptimConfig
 from rec.schema import ConfigError, DataConfig, nearest
 from rec.sharding import ShardingConfig
+from rec.towers import TOWERS_KINDS
 from rec.trainer import TrainerConfig
 from rec.weighting import WeightingConfig
 
@@ -42,6 +43,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 _CHOICES: dict[str, tuple[str, dict[str, type]]] = {
     "model.experts": ("experts", EXPERTS_KINDS),
     "model.interaction": ("interaction", INTERACTION_KINDS),
+    "model.towers": ("towers", TOWERS_KINDS),
 }
 
 
@@ -65,6 +67,7 @@ class Config:
         for name in self.trainer.monitor_tasks or []:
             if name not in self.data.tasks:
                 raise ConfigError(f"trainer.monitor_tasks has '{name}'; {nearest(name, self.data.tasks)}")
+        self.model.check(self.data)
 
 
 def _schema(kind: type) -> DictConfig:

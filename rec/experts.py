@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from rec.domain_experts import DOMAIN_EXPERTS, DOMAIN_KINDS
 from rec.mixtures import (
     ExpertConfig,
     ExpertInputs,
@@ -24,6 +25,7 @@ from rec.mixtures import (
 )
 from rec.schema import check_range
 from rec.stacked import StackedMLP
+from rec.task_networks import TASK_NETWORK_KINDS, TASK_NETWORKS
 
 
 @dataclass
@@ -199,11 +201,15 @@ EXPERTS_KINDS: dict[str, type[ExpertsConfig]] = {
     "shared_bottom": SharedBottomConfig,
     "mmoe": MMoEConfig,
     "ple": PLEConfig,
+    **TASK_NETWORK_KINDS,
+    **DOMAIN_KINDS,
 }
 EXPERTS: dict[type[ExpertsConfig], type[Experts]] = {
     SharedBottomConfig: SharedBottom,
     MMoEConfig: MMoE,
     PLEConfig: PLE,
+    **TASK_NETWORKS,
+    **DOMAIN_EXPERTS,
 }
 
 

@@ -13,9 +13,10 @@ from rec.calibration import Calibrators
 from rec.checkpoint import Info
 from rec.columns import LISTS, TEXTS, is_any, plain_type
 from rec.config import Config
+from rec.embeddings import Embedded, Embeddings, padded
 from rec.features import Batch
 from rec.hashing import hash_ints, hash_strings
-from rec.mixtures import ExpertInputs, GatedConfig
+from rec.mixtures import GatedConfig
 from rec.model import Ranker
 from rec.schema import DataConfig, FeatureConfig, FeatureKind, TaskConfig, TaskKind
 
@@ -36,12 +37,10 @@ class Served(nn.Module):
     def __init__(self, ranker: Ranker, data: DataConfig, *, calibrators: Calibrators | None) -> None:
         super().__init__()
         ranker.prune(data)
-        self.averaged = dict(zip(ranker.embeddings.keys, ranker.embeddings.averaged, strict=True))
-        self.table_of = {key: data.table_of(key) for key in self.averaged}
-        bags = ranker.embeddings.tables.embedding_bags if ranker.embeddings.tables else {}
-        self.tables = nn.ParameterDict({name: bag.weight for name, bag in bags.items()})
-        self.interaction, self.experts = ranker.interaction, ranker.experts
-        self.towers, self.funnel = ranker.towers, ranker.funnel
+        self.embeddings = LocalEmbeddings(ranker.embeddings)
+        del ranker.embeddings  # of TorchRec, which a server need not have
+        ranker.bf16 = False
+        self.ranker = ranker
         self.calibrators = calibrators
         binary = [data.tasks[name].kind is TaskKind.binary for name in data.served_tasks]
         self.register_buffer("binary", torch.tensor(binary))
@@ -58,27 +57,57 @@ class Served(nn.Module):
             dense: [B, F] float32.
             domain_id: [B] int64; what is no domain's number is calibrated by the curve of all rows.
         """
-        pooled = [self._pooled(key, values[key], lengths[key]) for key in self.table_of]
-        x = self.interaction(torch.cat([*pooled, dense], dim=1))
+        embedded = self.embeddings(values, lengths)
+        items = self.ranker.items(embedded, dense) if self.ranker.item_inputs else None
         draws = domain_id.new_zeros(0, 2)  # only training reads them
-        logits = self.funnel(self.towers(self.experts(ExpertInputs(x, draws, domain_id=domain_id)).values))
+        logits = self.ranker.score(embedded, dense, items=items, domain_id=domain_id, draws=draws).logits
         if self.calibrators is not None:
             logits = self.calibrators(logits, domain_id)
         return torch.where(self.binary, logits.sigmoid(), logits)
 
-    def _pooled(self, key: str, values: Tensor, lengths: Tensor) -> Tensor:
-        """[B, D], as `rec/embeddings.py` pools."""
-        torch._assert_async(lengths.sum() == values.shape[0], f"lengths of '{key}' do not add up to its ids")
+
+class LocalEmbeddings(nn.Module):
+    """The same tables as plain tensors, read as `rec/embeddings.py` reads them.
+
+    Args:
+        embeddings: of one device, filled; the weights are shared with it.
+    """
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        super().__init__()
+        weights = {key.split(".")[-2]: weight for key, weight in embeddings.named_parameters()}
+        self.tables = nn.ParameterDict({name: weights[name] for name in embeddings.configs})
+        self.table_of, self.linear_of = embeddings.table_of, embeddings.linear_of
+        self.averaged, self.max_lengths = embeddings.averaged, embeddings.max_lengths
+
+    def forward(self, values: dict[str, Tensor], lengths: dict[str, Tensor]) -> Embedded:
+        """Ids [n] and lengths [B] of each feature -> what the tables say of the rows."""
+        pooled, histories, linear = {}, {}, {}
+        for key, table in self.table_of.items():
+            if key not in values:  # of the other tower
+                continue
+            torch._assert_async(
+                lengths[key].sum() == values[key].shape[0], f"lengths of '{key}' do not add up to its ids"
+            )
+            sums = self._sums(table, values[key], lengths[key])
+            pooled[key] = sums / lengths[key].clamp(min=1).unsqueeze(1) if self.averaged[key] else sums
+            if key in self.max_lengths:
+                vectors = F.embedding(values[key], self.tables[table])
+                histories[key] = padded(vectors, lengths[key], max_length=self.max_lengths[key])
+            if key in self.linear_of:
+                linear[key] = self._sums(self.linear_of[key], values[key], lengths[key])
+        return Embedded(pooled, histories, linear)
+
+    def _sums(self, table: str, values: Tensor, lengths: Tensor) -> Tensor:
+        """[B, D], the sum of each row's vectors."""
         offsets = F.pad(lengths.cumsum(0), (1, 0))
-        table = self.tables[self.table_of[key]]
-        sums = F.embedding_bag(values, table, offsets, mode="sum", include_last_offset=True)
-        return sums / lengths.clamp(min=1).unsqueeze(1) if self.averaged[key] else sums
+        return F.embedding_bag(values, self.tables[table], offsets, mode="sum", include_last_offset=True)
 
 
 def to_program(served: Served, *, num_dense: int) -> ExportedProgram:
     """The network as a program that needs none of this project's code, for any number of rows and of ids."""
     rows, batch = 3, Dim("batch", min=1)
-    ids = {key: Dim(f"ids_{i}", min=0) for i, key in enumerate(served.table_of)}
+    ids = {key: Dim(f"ids_{i}", min=0) for i, key in enumerate(served.embeddings.table_of)}
     inputs = {
         "values": {key: torch.zeros(4, dtype=torch.int64) for key in ids},
         "lengths": {key: torch.tensor([1, 0, 3]) for key in ids},

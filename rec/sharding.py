@@ -1,6 +1,6 @@
 """The one-device network spread over ranks: tables by TorchRec's planner, everything else replicated.
 
-TorchRec offers CPU ranks table-wise and column-wise sharding only, though row-wise works there as well; `_AnySharder` offers
+TorchRec offers CPU ranks table-wise and column-wise sharding only, though row-wise works there as well; the sharders here offer
 all kinds. Replicating tables (data_parallel) is left out: without a fused kernel its gradients are as large as the tables.
 
 A column-wise piece of a row has a row-wise Adagrad accumulator of its own, so how a table is cut is part of what is trained.
@@ -15,20 +15,23 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
 from torchrec.optim.keyed import KeyedOptimizer
 
+from rec.embeddings import Embeddings
 from rec.model import Ranker
 from rec.optim import SparseConfig, fused_params
-from rec.schema import ConfigError, DataConfig, ShardingType, check_range
+from rec.schema import ConfigError, ShardingType, check_range
 
 _KINDS = [kind.name for kind in ShardingType if kind is not ShardingType.auto]
+_OF_SEQUENCES = ["row_wise", "table_wise", "column_wise"]
 _WHOLE_ROWS = ["row_wise", "table_wise", "table_row_wise"]
 _INIT_ROWS = 4096  # rows of a table that are drawn together
 
@@ -49,19 +52,25 @@ class ShardingConfig:
             raise ConfigError(f"sharding.column_width is {self.column_width}, expected a positive multiple of 4")
 
 
-class _AnySharder(EmbeddingBagCollectionSharder):
-    """TorchRec's sharder, with every kind of sharding on every device."""
+class _BagSharder(EmbeddingBagCollectionSharder):
+    """TorchRec's sharder of pooled tables, with every kind of sharding on every device."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return _KINDS
 
 
+class _SequenceSharder(EmbeddingCollectionSharder):
+    """TorchRec's sharder of tables that give a vector an id, with every kind that it has, on every device."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return _OF_SEQUENCES
+
+
 def plan_tables(
     model: Ranker,
-    data: DataConfig,
     config: ShardingConfig,
     *,
-    sharder: _AnySharder,
+    sharders: list[ModuleSharder],
     device: torch.device,
     local_batch_size: int,
 ) -> ShardingPlan:
@@ -72,10 +81,10 @@ def plan_tables(
     """
     world_size = dist.get_world_size()
     constraints = {}
-    for name, table in data.tables.items():
-        kind = table.sharding or config.default
+    for name, table in model.embeddings.configs.items():
+        kinds = _kinds(table.sharding or config.default, name, sequence=name in model.embeddings.in_sequences)
         constraints[name] = ParameterConstraints(
-            sharding_types=_WHOLE_ROWS if kind is ShardingType.auto else [kind.name],
+            sharding_types=kinds,
             compute_kernels=["fused"],
             min_partition=math.gcd(config.column_width, table.embedding_dim),
         )
@@ -92,12 +101,23 @@ def plan_tables(
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
     )
     try:
-        return planner.collective_plan(model, [sharder], dist.GroupMember.WORLD)
+        return planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
     except Exception as error:  # the planner's own class of error says why in many lines
         raise ConfigError(
             f"no place found for the tables on {world_size} {device.type} ranks; try sharding.default=row_wise, smaller tables or more "
             f"ranks. The planner said: {error}"
         ) from error
+
+
+def _kinds(kind: ShardingType, table: str, *, sequence: bool) -> list[str]:
+    if kind is ShardingType.auto:
+        return [name for name in _WHOLE_ROWS if not sequence or name in _OF_SEQUENCES]
+    if sequence and kind.name not in _OF_SEQUENCES:
+        raise ConfigError(
+            f"table '{table}' is read by an attended history and its sharding is {kind.name}, expected auto or one of "
+            f"{', '.join(_OF_SEQUENCES)}; set data.tables.{table}.sharding"
+        )
+    return [kind.name]
 
 
 def local_world_size() -> int:
@@ -107,7 +127,6 @@ def local_world_size() -> int:
 
 def shard(
     model: Ranker,
-    data: DataConfig,
     config: ShardingConfig,
     *,
     sparse: SparseConfig,
@@ -119,26 +138,27 @@ def shard(
 
     The weights depend on `seed` alone, not on world size or plan. Ranks wait for each other here.
     """
-    sharder = _AnySharder(fused_params=fused_params(sparse, device))
-    plan = plan_tables(model, data, config, sharder=sharder, device=device, local_batch_size=local_batch_size)
+    fused = fused_params(sparse, device)
+    sharders: list[ModuleSharder] = [_BagSharder(fused_params=fused), _SequenceSharder(fused_params=fused)]
+    plan = plan_tables(model, config, sharders=sharders, device=device, local_batch_size=local_batch_size)
     parallel = DistributedModelParallel(
         module=model,
         env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
         device=device,
         plan=plan,
-        sharders=[sharder],
+        sharders=sharders,
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
-    init_tables(parallel.module.embeddings, data, config, seed=seed)
+    init_tables(parallel.module.embeddings, config, seed=seed)
     return parallel
 
 
 @torch.no_grad()
-def init_tables(embeddings: nn.Module, data: DataConfig, config: ShardingConfig, *, seed: int) -> None:
+def init_tables(embeddings: Embeddings, config: ShardingConfig, *, seed: int) -> None:
     """Fill tables, sharded or whole, with values that depend on seed, table, row and column only."""
     for key, weight in embeddings.state_dict().items():
         name = key.split(".")[-2]
-        table = data.tables[name]
+        table = embeddings.configs[name]
         limit = config.init_range if table.init_range is None else table.init_range
         for tensor, (row, column) in _local_parts(weight):
             _fill(

@@ -72,7 +72,6 @@ def build_model(
     model = Ranker(config.model, config.data, device=torch.device("meta"))
     sharded = shard(
         model,
-        config.data,
         config.sharding,
         sparse=config.optim.sparse,
         device=rank.device,
@@ -123,7 +122,8 @@ def _resume(config: Config, trainer: Trainer) -> str | None:
 def _announce(config: Config, rank: Rank, trainer: Trainer, resumed_from: str | None) -> None:
     tables = describe_plan(trainer.model)
     dense = sum(parameter.numel() for parameter in trainer.optimizers.dense_parameters.values())
-    sparse = sum(table.num_embeddings * table.embedding_dim for table in config.data.tables.values())
+    configs = trainer.model.module.embeddings.configs.values()
+    sparse = sum(table.num_embeddings * table.embedding_dim for table in configs)
     trainer.event(
         "start",
         world_size=rank.world_size,

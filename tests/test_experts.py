@@ -10,17 +10,12 @@ from rec.experts import (
     SharedBottomConfig,
     build_experts,
 )
-from rec.mixtures import DropoutUnit, ExpertConfig, ExpertInputs, ExpertKind, ExpertStack, GatedConfig, Gates, Sizes
+from rec.mixtures import DropoutUnit, ExpertConfig, ExpertInputs, ExpertKind, ExpertStack, GatedConfig, Sizes
 from rec.schema import ConfigError
+from tests.test_mixtures import draws
 from tests.test_stacked import cross, mlp, randomise_biases
 
 MIXED = [ExpertConfig(num=2), ExpertConfig(kind=ExpertKind.cross, num=2, low_rank=3), ExpertConfig(layer_sizes=[6, 4])]
-
-
-def draws(rows: int, *, step: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(step)
-    of_rows = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
-    return torch.stack([of_rows, of_rows[:1].expand(rows)], dim=1)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -139,59 +134,15 @@ def test_gates_start_near_even() -> None:
     assert weights.mean(dim=0).max().item() < 0.2
 
 
-class TestExpertDropout:
-    def gates(self, share: float, unit: DropoutUnit, num: int = 5) -> Gates:
-        config = MMoEConfig(expert_dropout=share, expert_dropout_per=unit)
-        return Gates(config, 3, allowed=torch.ones(2, num, dtype=torch.bool))
-
-    def test_leaves_out_whole_experts_at_its_rate_and_renormalises(self) -> None:
-        gates, x = self.gates(0.3, DropoutUnit.row), torch.randn(4000, 3)
-        whole = gates.eval()(x, draws(4000))
-        left = gates.train()(x, draws(4000))
-        out = left == 0
-        assert torch.equal(out[:, 0], out[:, 1])  # an expert is out for all tasks
-        assert out.float().mean().item() == pytest.approx(0.3, abs=0.01)
-        expected = whole * ~out / (whole * ~out).sum(-1, keepdim=True)
-        torch.testing.assert_close(left, expected)
-        torch.testing.assert_close(left.sum(-1), torch.ones(4000, 2))
-
-    def test_per_step_takes_the_same_from_all_rows_and_others_in_other_steps(self) -> None:
-        gates, x = self.gates(0.5, DropoutUnit.step).train(), torch.randn(40, 3)
-        patterns = []
-        for step in range(30):
-            out = gates(x, draws(40, step=step)) == 0
-            assert (out == out[:1]).all()
-            patterns.append(tuple(out[0, 0].tolist()))
-        assert len(set(patterns)) > 10
-
-    def test_never_takes_all(self) -> None:
-        gates = self.gates(0.9, DropoutUnit.row, num=2).train()
-        x = torch.randn(2000, 3)
-        left = gates(x, draws(2000))
-        torch.testing.assert_close(left.sum(-1), torch.ones(2000, 2))
-        both = (left > 0).all(-1).all(-1)  # spared since both had been drawn
-        assert both.float().mean().item() == pytest.approx(0.81 + 0.01, abs=0.03)
-
-    def test_a_gate_of_ple_keeps_one_of_its_own(self) -> None:
-        config = PLEConfig(expert_dropout=0.9, layer_sizes=[4], expert_dropout_per=DropoutUnit.row)
-        weights = (
-            build_experts(config, Sizes(in_features=3, num_tasks=2))
-            .train()(ExpertInputs(torch.randn(500, 3), draws(500)))
-            .gate_weights
-        )
-        torch.testing.assert_close(weights.sum(-1), torch.ones(500, 2))
-        assert not weights[:, 0, 2:4].any() and not weights[:, 1, 0:2].any()
-
-    def test_is_off_outside_training_and_does_not_see_how_rows_are_spread(self) -> None:
-        gates, x, bits = self.gates(0.5, DropoutUnit.row), torch.randn(10, 3), draws(10)
-        torch.testing.assert_close(gates.eval()(x, bits), self.plain(gates)(x, bits))
-        whole = gates.train()(x, bits)
-        torch.testing.assert_close(torch.cat([gates(x[:3], bits[:3]), gates(x[3:], bits[3:])]), whole)
-
-    def plain(self, gates: Gates) -> Gates:
-        same = Gates(MMoEConfig(), 3, allowed=gates.allowed)
-        same.load_state_dict(gates.state_dict())
-        return same
+def test_expert_dropout_leaves_a_gate_of_ple_one_of_its_own() -> None:
+    config = PLEConfig(expert_dropout=0.9, layer_sizes=[4], expert_dropout_per=DropoutUnit.row)
+    weights = (
+        build_experts(config, Sizes(in_features=3, num_tasks=2))
+        .train()(ExpertInputs(torch.randn(500, 3), draws(500)))
+        .gate_weights
+    )
+    torch.testing.assert_close(weights.sum(-1), torch.ones(500, 2))
+    assert not weights[:, 0, 2:4].any() and not weights[:, 1, 0:2].any()
 
 
 def test_shared_bottom_gives_every_task_the_same() -> None:

@@ -237,7 +237,9 @@ class TestProgram:
         divisors = [node.args[1] for node in program.graph.nodes if "div" in str(node.target)]
         assert 7.0 in divisors
         shapes = {name: tuple(tensor.shape) for name, tensor in program.state_dict.items()}
-        assert shapes["towers.towers.weights.0"][0] == 1 and shapes["experts.gates.logits.weights.0"][0] == 1
+        assert (
+            shapes["ranker.towers.towers.weights.0"][0] == 1 and shapes["ranker.experts.gates.logits.weights.0"][0] == 1
+        )
         assert sum(name.startswith("tables") for name in shapes) == 4  # item is shared by two features
 
 

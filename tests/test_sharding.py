@@ -39,7 +39,7 @@ def test_tables_start_different_from_each_other_and_with_the_seed(toy: Path) -> 
 
     def start(seed: int) -> dict[str, torch.Tensor]:
         embeddings = Embeddings(config.data)
-        init_tables(embeddings, config.data, ShardingConfig(), seed=seed)
+        init_tables(embeddings, ShardingConfig(), seed=seed)
         return {key.split(".")[-2]: value for key, value in embeddings.state_dict().items()}
 
     first, same, other = start(1), start(1), start(2)

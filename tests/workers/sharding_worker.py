@@ -1,6 +1,7 @@
 """Every kind of sharding against the one-device network, in one process group of several ranks."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,19 +14,27 @@ from rec.sharding import describe_plan, init_tables
 from rec.train import build_model
 from tests.conftest import toy_overrides
 
+ALL_PARTS = [
+    "model.histories=[{feature: history, candidate: item}]",
+    "data.features.history.max_length=4",
+    "linear=v4",
+    "model.linear.features=[user,item,price]",
+    "model.fm={kind: per_task, features: [user, query], scale: true}",
+]
+
 
 def compare(config: Config, rank: Rank) -> None:
     ranks = {"rank": rank.rank, "world_size": rank.world_size}
     batch = next(Reader(config.data, config.reader, split="train", training=False, **ranks).batches())
     model, _ = build_model(config, rank, local_batch_size=len(batch.dense))
     alone = Ranker(config.model, config.data, device=torch.device("cpu"))
-    init_tables(alone.embeddings, config.data, config.sharding, seed=config.seed)
+    init_tables(alone.embeddings, config.sharding, seed=config.seed)
     dense = {key: value for key, value in model.module.state_dict().items() if not key.startswith("embeddings.")}
     alone.load_state_dict(dense, strict=False)
     with torch.no_grad():
         torch.testing.assert_close(model(batch).logits, alone(batch).logits, rtol=1e-5, atol=1e-6)
-        pooled = model.module.embeddings(batch.sparse_features)
-        torch.testing.assert_close(pooled, alone.embeddings(batch.sparse_features), rtol=1e-6, atol=1e-7)
+        found, expected = (e(batch.sparse_features) for e in (model.module.embeddings, alone.embeddings))
+        torch.testing.assert_close(asdict(found), asdict(expected), rtol=1e-6, atol=1e-7)
     if rank.is_main:
         print({name: table["sharding"] for name, table in describe_plan(model).items()}, flush=True)
 
@@ -42,6 +51,10 @@ def main() -> None:
                 "data.tables.item.sharding=column_wise",
                 "data.tables.query.sharding=row_wise",
             ],
+            [*ALL_PARTS, "sharding.default=row_wise"],
+            [*ALL_PARTS, "sharding.default=table_wise"],
+            [*ALL_PARTS, "sharding.default=column_wise"],
+            [*ALL_PARTS, "sharding.default=auto"],
         ):
             compare(compose(toy_overrides(Path(sys.argv[1]), *changes), config_dir="tests/conf"), rank)
 
