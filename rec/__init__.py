@@ -48,6 +48,7 @@ columns, d network width, T tasks, N experts, H expert width.
     paired        predictions of runs -> the same rows, side by side
     metrics       logits over ranks -> metrics by task and domain
     health        gate weights, expert outputs over ranks -> who mixes which experts, and advice
+    fusion        probabilities of several tasks -> one score to rank by
     predictions   batches -> logits of every row, as Parquet too
     platt         logits, labels over ranks -> slopes and offsets by domain
     isotonic      logits, labels over ranks -> monotone curves by domain
@@ -58,6 +59,7 @@ columns, d network width, T tasks, N experts, H expert width.
     trainer       all of these -> a trained model
     config        conf/ and overrides -> Config
     serving       network, calibrators -> a program on plain tensors, and the description of its inputs
+    two_towers    the two sides of it, where an item has a vector of its own
     widen         two Configs -> the width that gives one the other's number of weights
 
   run (python -m rec.<name>)
@@ -68,8 +70,10 @@ columns, d network width, T tasks, N experts, H expert width.
     predict       run folder -> predictions of a split
     calibrate     run folder -> its calibrators
     export        run folder -> what is served
+    items         run folder -> vectors of all items, ahead of time
     report        run folders -> a table
     compare       run folders -> differences, within noise or not
+    fuse          predictions of runs -> what a fusion of tasks buys and costs
     worlds        seed -> endless batches of a small world with known probabilities
     claims        arms of the published claims, and how they are scored
     study         a claim -> a table over worlds

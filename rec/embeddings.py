@@ -194,4 +194,4 @@ def padded(values: Tensor, lengths: Tensor, *, max_length: int) -> History:
     mask = places < lengths.unsqueeze(1)  # [B, L]
     index = (lengths.cumsum(0) - lengths).unsqueeze(1) + places
     values = F.pad(values, (0, 0, 0, 1))  # a row of zeros, which the places without an id read
-    return History(values[torch.where(mask, index, len(values) - 1)], mask)
+    return History(values[torch.where(mask, index, values.shape[0] - 1)], mask)

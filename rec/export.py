@@ -6,6 +6,10 @@ inputs and outputs mean, enough to make them from raw columns; `config.yaml`, th
     model = torch.export.load("DIR/export/model.pt2").module()
     preds = model(values=values, lengths=lengths, dense=dense, domain_id=domain_id)  # [B, S] float32
 
+With two towers there are two more programs: `item.pt2`, of an item's features alone, gives its vector, which can be computed ahead
+of time (`python -m rec.items`); `query.pt2` gives predictions from the query's features and the vectors `items` [B, r]. Together
+they are `model.pt2`, and are checked as it is.
+
 Any B from 1 and any number of ids will do. The network is the trained one less what the served tasks do not need, with the
 corrections for sampling, the gates' temperature and the calibrators in it, in float32 also where it was trained in bfloat16.
 Before the folder appears, a process of its own that knows nothing of this project runs it on rows of a split, and its
@@ -20,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,7 @@ from rec.model import Ranker
 from rec.predictions import predict
 from rec.schema import ConfigError, TaskKind
 from rec.serving import Served, describe, inputs_of, to_program
+from rec.two_towers import item_width, side_inputs, side_program, sides_of
 
 ABOUT = """Write what a server needs of a run's checkpoint, and check that it says what the trainer says.
 
@@ -55,7 +60,8 @@ key=value    changes the run's configuration, e.g. data.path=DIR
 The program takes and gives plain tensors, and torch alone runs it; schema.json says what they mean. Auxiliary tasks are not in
 it. Nothing is written unless its predictions agree with the trainer's to 1e-5. Memory: three times the tables."""
 
-FILES = ("config.yaml", "model.pt2", "schema.json")
+SIDES = ("item.pt2", "query.pt2")  # with two towers
+FILES = ("config.yaml", "model.pt2", "schema.json", *SIDES)
 TOLERANCE = 1e-5  # of a probability; of a prediction beyond 1, relative
 _CHECK_ROWS, _CHECK_STEPS = 1024, 4  # rows a step
 _TIMED_ROWS = (1, 256)
@@ -83,20 +89,26 @@ class CheckRows:
         timed: number of rows -> inputs of so many, or of all where there are fewer.
         preds: [R, S] float32, of all batches.
         rounding: largest difference that computing in bfloat16 makes to `preds`; None unless the run does.
+        sides: batches of inputs of the item's and of the query's side; empty without two towers.
     """
 
     inputs: list[dict[str, Any]]
     timed: dict[int, dict[str, Any]]
     preds: Tensor
     rounding: float | None = None
+    sides: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
 
 
 @dataclass
 class Ran:
-    """What a program said of `CheckRows`: preds [R, S], and milliseconds (median of 20) by number of rows."""
+    """What the programs said of `CheckRows`: preds [R, S], and milliseconds (median of 20) by number of rows.
+
+    With two towers, `of_sides` [R, S] is what the two sides said together.
+    """
 
     preds: Tensor
     milliseconds: dict[int, float]
+    of_sides: Tensor | None = None
 
 
 def collect_rows(config: Config, rank: Rank, path: Path, reader: Reader, *, wanted: str) -> CheckRows:
@@ -135,33 +147,38 @@ def timed(inputs):
     once()
     return statistics.median(once() for _ in range(20))
 
-model = torch.export.load(sys.argv[1]).module()
-rows = torch.load(sys.argv[2], weights_only=True)
+folder, given, got = sys.argv[1:]
+model = torch.export.load(folder + "/model.pt2").module()
+rows = torch.load(given, weights_only=True)
 with torch.no_grad():
-    torch.save(torch.cat([model(**inputs) for inputs in rows["inputs"]]), sys.argv[3])
+    preds = {"preds": torch.cat([model(**inputs) for inputs in rows["inputs"]])}
+    if rows["sides"]:
+        item, query = (torch.export.load(f"{folder}/{side}.pt2").module() for side in ("item", "query"))
+        preds["of_sides"] = torch.cat([query(**second, items=item(**first)) for first, second in rows["sides"]])
+    torch.save(preds, got)
     print(json.dumps({num_rows: timed(inputs) for num_rows, inputs in rows["timed"].items()}))
 foreign = {"rec", "torchrec", "fbgemm_gpu"} & {name.split(".")[0] for name in sys.modules}
 assert not foreign, foreign
 """
 
 
-def run_alone(model: Path, rows: CheckRows) -> Ran:
-    """Run a written program in a process of its own, with torch alone.
+def run_alone(programs: Path, rows: CheckRows) -> Ran:
+    """Run the programs in a folder in a process of its own, with torch alone.
 
     Raises:
         ConfigError: it does not run there.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder, "rows.pt"), Path(folder, "preds.pt")
-        torch.save({"inputs": rows.inputs, "timed": rows.timed}, given)
-        command = [sys.executable, "-I", "-c", _PROGRAM, str(model), str(given), str(got)]
+        torch.save({"inputs": rows.inputs, "timed": rows.timed, "sides": rows.sides}, given)
+        command = [sys.executable, "-I", "-c", _PROGRAM, str(programs), str(given), str(got)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ConfigError(
                 f"the exported program does not run with torch alone, so nothing was written:\n{done.stderr[-4000:]}"
             )
         milliseconds = {int(num_rows): median for num_rows, median in json.loads(done.stdout).items()}
-        return Ran(torch.load(got, weights_only=True), milliseconds)
+        return Ran(**torch.load(got, weights_only=True), milliseconds=milliseconds)
 
 
 def largest_difference(preds: Tensor, expected: Tensor, *, tasks: list[str]) -> float:
@@ -225,12 +242,18 @@ def export_run(command: Command, config: Config, rank: Rank) -> None:
     with replacing(folder) as draft:
         served = load_served(config, path, calibrated=calibrated)
         torch.export.save(to_program(served, num_dense=data.num_dense), draft / "model.pt2")
+        sides = sides_of(served, data)
+        for name, side in zip(SIDES, sides, strict=False):
+            torch.export.save(side_program(side, item_width=item_width(config.model)), draft / name)
         types = pq.read_schema(reader.split.files[0], filesystem=reader.split.filesystem)
         said = describe(config, types=types, info=Info.read(path), path=path, calibrators=served.calibrators)
-        del served  # the check holds the tables a second time
         rows = collect_rows(config, rank, path, reader, wanted=wanted)
-        ran = run_alone(draft / "model.pt2", rows)
+        rows.sides = [tuple(side_inputs(side, inputs) for side in sides) for inputs in rows.inputs] if sides else []
+        del served, sides
+        ran = run_alone(draft, rows)
         difference = largest_difference(ran.preds, rows.preds, tasks=data.served_tasks)
+        if ran.of_sides is not None:
+            difference = max(difference, largest_difference(ran.of_sides, rows.preds, tasks=data.served_tasks))
         said["check"] = {"split": split, "rows": len(rows.preds), "max_difference": difference}
         (draft / "schema.json").write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (draft / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")

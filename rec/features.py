@@ -6,7 +6,7 @@ rows into a `Batch`. Errors are raised by `encode`, which still knows the file a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -56,7 +56,7 @@ class Batch(Pipelineable):
         dense: [B, F] float32, dense columns and vectors side by side.
         labels: [B, T] float32.
         weights: [B, T] float32, >= 0; 0 where a row does not count for a task.
-        domain_id: [B] int64, 0 to D - 1.
+        domain_id: [B] int64, 0 to D - 1; -1 for a domain that the configuration does not know.
         group_id: [B] int64.
         truth: [B, T] float32, true probabilities where a simulator knows them, else NaN; None if no task has them.
         num_rows: rows that are not padding, 0 to B.
@@ -134,7 +134,7 @@ class Encoder:
         for name, feature in data.features.items():
             yield data.column_of(name), f"feature '{name}'", partial(expected_of_feature, feature)
         for name, task in data.tasks.items() if self.labels else ():
-            for column in (task.label, task.weight, task.truth if self.truth else None):
+            for column in (task.label, task.weight, *(task.truth_columns if self.truth else [])):
                 if column:
                     yield column, f"task '{name}'", expected_number
         if data.weight and self.labels:
@@ -159,11 +159,12 @@ class Encoder:
         columns = {name: self._sparse(table, name, feature, where) for name, feature in data.sparse_features.items()}
         columns["/dense"] = stacked(self._dense(table, where), num_rows)
         columns["/row"] = pa.array(np.arange(first_row, first_row + num_rows))
-        labels, weights = self._labels(table, where) if self.labels else self._unlabelled(num_rows)
-        columns["/labels"], columns["/weights"] = stacked(labels, num_rows), stacked(weights, num_rows)
         columns["/domain"], columns["/group"] = self._domain(table, where), self._group(table, where)
+        exists = self._existence(columns["/domain"])
+        labels, weights = self._labels(table, where, exists) if self.labels else self._unlabelled(num_rows)
+        columns["/labels"], columns["/weights"] = stacked(labels, num_rows), stacked(weights, num_rows)
         if self.truth:
-            columns["/truth"] = stacked(self._truths(table, where), num_rows)
+            columns["/truth"] = stacked(self._truths(table, where, exists), num_rows)
         return pa.table(columns)
 
     def collate(
@@ -276,16 +277,24 @@ class Encoder:
             )
         return array.flatten()
 
-    def _labels(self, table: pa.Table, where: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _existence(self, domain: pa.Array) -> dict[str, np.ndarray]:
+        """Task -> [n] bool, the rows in whose domain it exists; only tasks that do not exist everywhere have an entry."""
+        limited = {name: task.domains for name, task in self.data.tasks.items() if task.domains is not None}
+        ids = np.asarray(domain)
+        return {name: np.isin(ids, [self.data.domains.index(d) for d in among]) for name, among in limited.items()}
+
+    def _labels(
+        self, table: pa.Table, where: str, exists: dict[str, np.ndarray]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         tasks, base = self.data.tasks, weights_of(table, self.data.weight, where)
-        labels, valid = {}, {}
+        labels, own, valid = {}, {}, {}
         for name, task in tasks.items():
-            labels[name], valid[name] = self._label(table, name, task, where)  # a null label is 0
+            there = _zero_elsewhere(table, [task.label, task.weight], exists.get(name))
+            labels[name], known = self._label(there, name, task, where)  # a null label is 0
+            valid[name] = known & exists.get(name, True)
+            own[name] = weights_of(there, task.weight, where)
         joint = {name: self._along_product(name, labels) for name in tasks}
-        weights = {
-            name: base * weights_of(table, task.weight, where) * self._along_product(name, valid)
-            for name, task in tasks.items()
-        }
+        weights = {name: base * own[name] * self._along_product(name, valid) for name in tasks}
         for name, task in tasks.items():
             if task.condition:
                 weights[name] = weights[name] * (joint[task.condition] > 0)
@@ -296,10 +305,14 @@ class Encoder:
         before = self.data.tasks[name].product
         return values[name] * self._along_product(before, values) if before else values[name]
 
-    def _truths(self, table: pa.Table, where: str) -> list[np.ndarray]:
-        none = np.full(table.num_rows, np.nan, np.float32)
-        columns = {name: task.truth for name, task in self.data.tasks.items()}
-        values = {name: floats_of(table, column, where) if column else none for name, column in columns.items()}
+    def _truths(self, table: pa.Table, where: str, exists: dict[str, np.ndarray]) -> list[np.ndarray]:
+        values = {}
+        for name, task in self.data.tasks.items():
+            columns, rows = task.truth_columns, exists.get(name)
+            there = _zero_elsewhere(table, columns, rows)
+            parts = [floats_of(there, column, where) for column in columns]
+            truth = np.prod(parts, axis=0) if parts else np.full(table.num_rows, np.nan, np.float32)
+            values[name] = truth if rows is None else np.where(rows, truth, np.float32(np.nan))
         return [self._along_product(name, values) for name in values]
 
     def _unlabelled(self, num_rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -330,10 +343,14 @@ class Encoder:
             ids = array.cast(pa.int64(), safe=False)
         bad = pc.fill_null(pc.or_(pc.less(ids, 0), pc.greater_equal(ids, len(names))), True)
         if pc.any(bad).as_py():
-            value = array.filter(bad)[0].as_py()
-            raise Place(where, domain.column).error(
-                f"holds domain {value!r}, unknown to data.domain.names; {nearest(str(value), names)}"
-            )
+            if not domain.allow_unknown:
+                value = array.filter(bad)[0].as_py()
+                raise Place(where, domain.column).error(
+                    f"holds domain {value!r}, unknown to data.domain.names; {nearest(str(value), names)}; "
+                    "or set data.domain.allow_unknown=true"
+                )
+            self.repairs[f"{domain.column}: unknown domain read as -1"] += pc.sum(bad).as_py()
+            ids = pc.if_else(bad, -1, ids)
         return ids
 
     def _group(self, table: pa.Table, where: str) -> pa.Array:
@@ -354,3 +371,13 @@ class Encoder:
             )
         if array.null_count:
             self.repairs[f"{place.column}: null read as {becomes}"] += array.null_count
+
+
+def _zero_elsewhere(table: pa.Table, columns: Sequence[str | None], rows: np.ndarray | None) -> pa.Table:
+    """Numbers, with 0 in place of what they hold outside `rows` [n] bool; `rows` None: the table as it is."""
+    if rows is None:
+        return table
+    floats = {c: single(table, c, pa.float32()).cast(pa.float32(), safe=False) for c in columns if c is not None}
+    zero = pa.scalar(0, pa.float32())
+    named = {column: pc.if_else(pa.array(rows), array, zero) for column, array in floats.items()}
+    return pa.table(named) if named else table

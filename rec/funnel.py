@@ -9,20 +9,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from rec.schema import TaskConfig
+from rec.schema import Debias, TaskConfig
 
 
 def tower_of(tasks: dict[str, TaskConfig]) -> list[int]:
-    """The task of each tower: one a task, and a second one, after all of these, for each task that goes `via` another.
+    """The task of each tower.
+
+    First one a task; after these a second one for each task that goes `via` another; last an imputation tower for each task
+    whose `debias` is dr, which only training reads (see `imputation_towers`).
 
     >>> tower_of({"cart": TaskConfig(label="cart"), "buy": TaskConfig(label="buy", via="cart")})
     [0, 1, 1]
+    >>> tower_of({"click": TaskConfig(label="c"), "buy": TaskConfig(label="b", condition="click", debias=Debias.dr)})
+    [0, 1, 1]
     """
-    return [*range(len(tasks)), *(t for t, task in enumerate(tasks.values()) if task.via)]
+    second = [t for t, task in enumerate(tasks.values()) if task.via]
+    return [*range(len(tasks)), *second, *(t for t, task in enumerate(tasks.values()) if task.debias is Debias.dr)]
+
+
+def imputation_towers(tasks: dict[str, TaskConfig]) -> dict[int, int]:
+    """Task -> the tower that imputes its loss, for the tasks whose `debias` is dr; indices into tasks and towers.
+
+    >>> imputation_towers({"click": TaskConfig(label="c"), "buy": TaskConfig(label="b", product="click", debias=Debias.dr)})
+    {1: 2}
+    """
+    first = len(tasks) + sum(task.via is not None for task in tasks.values())
+    return {t: first + i for i, t in enumerate(tower_of(tasks)[first:])}
+
+
+def needed_towers(tasks: dict[str, TaskConfig], outputs: list[str]) -> list[int]:
+    """Towers, ascending, that the logits of `outputs` are made of, given all tasks that these are composed of as `outputs`.
+
+    No imputation tower is among them. A `Funnel` of `outputs` alone composes what is left.
+
+    >>> tasks = {"click": TaskConfig(label="c"), "buy": TaskConfig(label="b", product="click", debias=Debias.dr)}
+    >>> needed_towers(tasks, ["click", "buy"])
+    [0, 1]
+    """
+    kept = {t for t, name in enumerate(tasks) if name in outputs}
+    imputing = set(imputation_towers(tasks).values())
+    return [i for i, t in enumerate(tower_of(tasks)) if t in kept and i not in imputing]
 
 
 class Funnel(nn.Module):
-    """Composes the towers' logits into one logit a task.
+    """Composes the towers' logits into one logit a task. Imputation towers, which come last, may be there or not.
 
     Args:
         tasks: what the towers are of, see `tower_of`.
@@ -37,7 +67,8 @@ class Funnel(nn.Module):
         self.outputs = [names.index(name) for name in outputs or names]
         self.products = [names.index(task.product) if task.product else None for task in tasks.values()]
         self.ways = [names.index(task.via) if task.via else None for task in tasks.values()]
-        self.second = {t: len(tasks) + i for i, t in enumerate(tower_of(tasks)[len(tasks) :])}
+        with_second = [t for t, way in enumerate(self.ways) if way is not None]
+        self.second = {t: len(tasks) + i for i, t in enumerate(with_second)}
         composed = any(task.product or task.via for task in tasks.values())
         self.plain = not composed and self.outputs == [*range(len(tasks))]
         correction = [tasks[names[t]].correction for t in self.outputs]
@@ -45,7 +76,8 @@ class Funnel(nn.Module):
 
     def forward(self, towers: Tensor) -> Tensor:
         """[B, towers] -> [B, O]; outside training corrected to the log's own odds."""
-        logits = towers if self.plain else torch.stack([self._logit(towers, t) for t in self.outputs], dim=1)
+        own = towers[:, : len(self.outputs)]  # all there is, less imputation towers
+        logits = own if self.plain else torch.stack([self._logit(towers, t) for t in self.outputs], dim=1)
         return logits if self.training else logits + self.correction
 
     def _logit(self, towers: Tensor, task: int) -> Tensor:

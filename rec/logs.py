@@ -19,7 +19,8 @@ measured_on, kind and tasks {task: {before, global, after, cells, reliability {b
 global with one curve a task (absent where there is no other), after with all of them.
 
 The values of `metrics`: of a binary task auc, pr_auc, logloss, ne, calibration, ece, field_ece (null in a domain), gauc, rows, positives
-(and auc_truth, gap_closed where true probabilities are known); of a regression mae, rmse, calibration, rows. What has no meaning
+(and auc_truth, gap_closed where true probabilities are known), log_mae (null unless labels lie between 0 and 1, as a teacher's do); of
+a regression mae, rmse, calibration, rows, log_mae (null). A row of an unknown domain counts in `metrics` alone. What has no meaning
 there is null. Fields are added, never renamed. After a resume steps may repeat: the last line of a step counts.
 """
 
@@ -40,6 +41,7 @@ _COLUMNS = (
     "field_ece",
     "gauc",
     "gap_closed",
+    "log_mae",
     "mae",
     "rmse",
     "rows",

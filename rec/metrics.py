@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -32,7 +32,11 @@ from rec.schema import TaskConfig, TaskKind, check_range
 
 _FIELDS = ("logits", "labels", "weights", "domain_id", "truth")  # of a batch
 # Sums kept for every task and domain, float64. Unused ones (mae of a binary task) are cheaper than a case distinction.
-_SUMS = ("rows", "positives", "weight", "labels", "preds", "logloss", "absolute_error", "squared_error")
+_SUMS = (
+    *("rows", "positives", "weight", "labels", "preds", "logloss"),
+    *("soft", "log_error", "absolute_error", "squared_error"),
+)
+_MIN_LOG = math.log(1e-12)  # of a probability and of a label, in log_mae
 # Powers of two, so that dividing by one is exact. The first tells apart float32 logits of any size that matters.
 _WIDTHS = torch.tensor([2.0**exponent for exponent in range(-40, 11)], dtype=torch.float64)
 
@@ -74,7 +78,10 @@ class EvalResult:
 class MultitaskMetrics(Metric):
     """Metrics of every task, over all rows and in each domain, over all ranks.
 
-    `rec/curves.py` says what each metric is. A row of weight 0 is masked for that task, whatever its logit and label hold.
+    `rec/curves.py` says what each metric is. Besides, `log_mae` is the mean of |log p - log label| over the rows with a label
+    that is neither 0 nor 1, as a teacher's are, p and label being taken as no less than 1e-12; None without such rows and for
+    a regression. A row of weight 0 is masked for that task, whatever its logit and label hold. A row of no known domain
+    (-1) counts among all rows, and in no domain, nor in `field_ece`.
     `gauc` is None when not `grouped`; also when single groups hold more than `kept_rows` rows. `auc_truth` and
     `gap_closed` are there for a binary task with a `truth` column.
 
@@ -84,8 +91,8 @@ class MultitaskMetrics(Metric):
     of its value in `ece`. Rows of one bin count as ties, so a few logits far out, up to `logit_range`, coarsen the
     grid for the rest: bins are then 1/256 wide in logit, at worst.
 
-    The histogram holds 24 bytes a bin: 3 tasks, 15 domains and 8,192 bins are 9 MB, 1,000 domains are 590 MB (use fewer
-    bins); a task with a truth counts twice. Ranks add their histograms up in place; rows that were kept are gathered.
+    The histogram holds 24 bytes a bin: 3 tasks, 15 domains and one unknown, 8,192 bins are 9 MB, 1,000 domains are 590 MB
+    (use fewer bins); a task with a truth counts twice. Ranks add their histograms up in place; rows that were kept are gathered.
 
     `update` raises ValueError where a row that counts holds a NaN, an infinity, a label outside [0, 1] or an unknown
     domain, or where a weight is negative or NaN. `compute` waits for all ranks: call it on every rank or on none, each
@@ -110,6 +117,7 @@ class MultitaskMetrics(Metric):
     binary: Tensor  # [T] bool
     known: Tensor  # [T] bool, where there is a truth
     bounds: Tensor  # [2, len(_FIELDS), T] float32
+    # D is one more than there are domains: the last one holds the rows of no known domain
     histogram: Tensor  # [3, C, D, num_bins] float64; C columns of scores: the binary tasks, then the known truths
     sums: Tensor  # [len(_SUMS), T, D] float64
     low: Tensor  # [C] float64, smallest logit seen
@@ -146,13 +154,14 @@ class MultitaskMetrics(Metric):
         """Smallest and largest value [2, len(_FIELDS), T] float32 that a row may hold."""
         largest = torch.finfo(torch.float32).max
         high = torch.tensor([largest, largest, largest, len(self.domains) - 1, 1])[:, None].repeat(1, len(self.tasks))
-        low = torch.tensor([-largest, -largest, 0, 0, 0])[:, None].repeat(1, len(self.tasks))
+        low = torch.tensor([-largest, -largest, 0, -1, 0])[:, None].repeat(1, len(self.tasks))
         low[1, binary], high[1, binary] = 0, 1
         return torch.stack([low, high])
 
     def _add_states(self, *, num_columns: int) -> None:
-        shape = (3, num_columns, len(self.domains), 0 if self.config.exact else self.config.num_bins)
-        sums = torch.zeros(len(_SUMS), len(self.tasks), len(self.domains), dtype=torch.float64)
+        num_domains = len(self.domains) + 1
+        shape = (3, num_columns, num_domains, 0 if self.config.exact else self.config.num_bins)
+        sums = torch.zeros(len(_SUMS), len(self.tasks), num_domains, dtype=torch.float64)
         bound = torch.full((num_columns,), math.inf, dtype=torch.float64)
         self.add_state("histogram", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sums", sums, dist_reduce_fx="sum")
@@ -180,7 +189,7 @@ class MultitaskMetrics(Metric):
             logits: [B, T] float; the prediction itself for a regression task.
             labels: [B, T] float, 0 to 1 for a binary task.
             weights: [B, T] float, >= 0; 0 masks the row for the task.
-            domain_id: [B] integer, an index into `domains`.
+            domain_id: [B] integer, an index into `domains`; -1 for a domain that is none of them.
             group_id: [B] integer, any value; needed where `grouped`.
             truth: [B, T] float, 0 to 1, the true probability; read for the binary tasks that have a `truth` column.
 
@@ -191,7 +200,7 @@ class MultitaskMetrics(Metric):
         if not len(logits):
             return
         batch = self._selected(logits, labels, weights, domain_id, truth)
-        domain_id = batch[3, 0].long()
+        domain_id = batch[3, 0].long().remainder(len(self.domains) + 1)  # the unknown one is the last
         self._add_sums(batch, domain_id)
         columns = self._columns(batch, with_truth=truth is not None)
         if not self.config.exact:
@@ -248,7 +257,10 @@ class MultitaskMetrics(Metric):
         # Of the logits, since log(1 - pred) of a rounded pred is nothing; in a form in which no two large terms cancel.
         logloss = softplus(-logits.abs()) + logits.relu() - logits * labels
         error = preds - labels
-        parts = [labels, preds, logloss, error.abs(), error]
+        soft = ((labels > 0) & (labels < 1)).to(labels.dtype)
+        log_error = logsigmoid(logits).clamp(min=_MIN_LOG) - labels.log().clamp(min=_MIN_LOG)
+        log_error = torch.where(soft > 0, log_error.abs(), 0)
+        parts = [labels, preds, logloss, soft, log_error, error.abs(), error]
         sums = torch.stack([(weights > 0).float(), labels, weights, *(weights * part for part in parts)]).double()
         sums[-1] *= error  # squared in float64: it may not fit float32
         self.sums.scatter_add_(2, domain_id.expand(sums.shape), sums)
@@ -372,14 +384,14 @@ class MultitaskMetrics(Metric):
     def _slices(self, task: int) -> list[MetricValues]:
         """The metrics of one task: over all rows, then in each domain."""
         sums = self.sums[:, task].T.cpu().numpy()
-        totals = [dict(zip(_SUMS, row, strict=True)) for row in [sums.sum(0).tolist(), *sums.tolist()]]
+        totals = [dict(zip(_SUMS, row, strict=True)) for row in [sums.sum(0).tolist(), *sums[:-1].tolist()]]
         if task not in self.column_tasks:
-            return [regression_metrics(total) for total in totals]
+            return [regression_metrics(total) | {"log_mae": None} for total in totals]
         own, *known = (self._curves(c) for c, t in enumerate(self.column_tasks) if t == task)
         truths = known[0] if known else [None] * len(totals)
         gaucs = self._gaucs(self.column_tasks.index(task))
         found = [
-            binary_metrics(total, curve=curve, truth=truth, gauc=gauc, ece_bins=self.config.ece_bins)
+            binary_metrics(total, curve=curve, truth=truth, gauc=gauc, ece_bins=self.config.ece_bins) | _log_mae(total)
             for total, curve, truth, gauc in zip(totals, own, truths, gaucs, strict=True)
         ]
         found[0]["field_ece"] = field_ece(
@@ -395,7 +407,7 @@ class MultitaskMetrics(Metric):
             return [exact_curve(scores[rows], labels=labels[rows], weights=weights[rows]) for rows in among]
         first = int(self._first_bin()[column])
         bins = self.histogram[:, column].roll(-first % self.config.num_bins, dims=-1).cpu().numpy()
-        return [curve[:, curve[:2].any(0)] for curve in [bins.sum(1), *bins.swapaxes(0, 1)]]
+        return [curve[:, curve[:2].any(0)] for curve in [bins.sum(1), *bins.swapaxes(0, 1)[:-1]]]
 
     def _gaucs(self, column: int) -> list[float | None]:
         """Group AUC of a column: over all rows, then in each domain."""
@@ -403,7 +415,7 @@ class MultitaskMetrics(Metric):
             return [None] * (1 + len(self.domains))
         keys, scores, labels, weights = self._kept_rows(column)
         mean_auc = partial(group_auc, keys[:, 0], scores=scores, labels=labels, weights=weights)
-        return mean_auc() + mean_auc(domain_id=keys[:, 1], num_domains=len(self.domains))
+        return mean_auc() + mean_auc(domain_id=keys[:, 1], num_domains=len(self.domains) + 1)[:-1]
 
     def _kept_rows(self, column: int) -> list[np.ndarray]:
         """Keys [R, 2], scores, labels and weights [R] of a column's rows that were kept, over all ranks."""
@@ -413,6 +425,10 @@ class MultitaskMetrics(Metric):
         keys, values = dim_zero_cat(self.kept_keys), dim_zero_cat(self.kept_values)[:, :, column]
         counts = values[:, 2] > 0
         return [keys[counts].cpu().numpy(), *values[counts].double().cpu().numpy().T]
+
+
+def _log_mae(total: dict[str, float]) -> MetricValues:
+    return {"log_mae": total["log_error"] / total["soft"] if total["soft"] else None}
 
 
 def _bin(scores: Tensor, width: Tensor) -> Tensor:

@@ -219,7 +219,7 @@ class ExpertInputs:
     @property
     def domains(self) -> Tensor:
         """[B] int64."""
-        return self.x.new_zeros(len(self.x), dtype=torch.int64) if self.domain_id is None else self.domain_id
+        return self.x.new_zeros(self.x.shape[0], dtype=torch.int64) if self.domain_id is None else self.domain_id
 
 
 @dataclass

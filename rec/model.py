@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rec.embeddings import Embedded, Embeddings
 from rec.experts import build_experts
 from rec.features import Batch
-from rec.funnel import Funnel, tower_of
+from rec.funnel import Funnel, needed_towers, tower_of
 from rec.histories import HistoryConfig
 from rec.inputs import Inputs, check_histories
 from rec.interaction import FM, FMConfig, InteractionConfig, build_interaction
@@ -51,6 +51,7 @@ class Outputs:
         gate_weights: [B, T, N] float32 or None.
         expert_outputs: [B, N, H] or None.
         row_penalty: [B], a loss of each row beside the tasks' own, or None.
+        penalty: scalar, a loss of the weights alone, the same on every rank, or None.
     """
 
     logits: Tensor
@@ -59,6 +60,7 @@ class Outputs:
     gate_weights: Tensor | None = None
     expert_outputs: Tensor | None = None
     row_penalty: Tensor | None = None
+    penalty: Tensor | None = None
 
 
 class Ranker(nn.Module):
@@ -125,7 +127,8 @@ class Ranker(nn.Module):
         for logits in (linear.logits, self.fm(embedded)):  # [B, T]
             towers = towers if logits is None else towers + logits[:, self.towers.tower_of]
         logits = self.funnel(towers)  # [B, T]
-        return Outputs(logits, towers, x, mixture.gate_weights, mixture.expert_outputs, mixture.row_penalty)
+        penalty = self.experts.penalty() if self.training else None
+        return Outputs(logits, towers, x, mixture.gate_weights, mixture.expert_outputs, mixture.row_penalty, penalty)
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         return torch.autocast(device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
@@ -135,7 +138,8 @@ class Ranker(nn.Module):
         served = data.served_tasks
         needed = {name for task in served for name in data.funnel(task)}
         tasks = [t for t, name in enumerate(data.tasks) if name in needed]
-        for part in (self.experts, self.towers, self.linear, self.fm):
+        self.towers.prune(tasks, towers=needed_towers(data.tasks, list(needed)))
+        for part in (self.experts, self.linear, self.fm):
             part.prune(tasks)
         funnel = Funnel({name: task for name, task in data.tasks.items() if name in needed}, outputs=served)
         self.funnel = funnel.to(self.funnel.correction.device).train(self.training)

@@ -3,7 +3,7 @@
 A folder of predictions has a file a rank. Every row of the split is there once, in no order; `row` says which it is.
 
     row       int64    position of the row in the split's files in sorted order
-    domain    int32    index into the domains, whose names are in the metadata
+    domain    int32    index into the domains, whose names are in the metadata; -1 for one that is unknown
     group     int64    as the reader tells groups apart; 0 where the data set has none
     T.label   float32  of task T, as it is trained on
     T.weight  float32  0 where the row does not count for the task

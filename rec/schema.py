@@ -116,6 +116,21 @@ class TaskKind(Enum):
     regression = "regression"  # a real number
 
 
+class Scale(Enum):
+    """What two predictions are compared in."""
+
+    probability = "probability"
+    log = "log"  # the probability's logarithm, in which rare events count as much as frequent ones
+
+
+class Debias(Enum):
+    """How a step that only clicked rows show is learned over all rows (ESCM2, Wang et al., SIGIR 2022)."""
+
+    none = "none"
+    ips = "ips"  # clicked rows weigh 1 / p(click)
+    dr = "dr"  # doubly robust: the same of what a tower that imputes the loss leaves over
+
+
 @dataclass
 class TaskConfig:
     """One thing to predict."""
@@ -126,36 +141,67 @@ class TaskConfig:
     loss_weight: float = 1.0  # >= 0
     weight: str | None = None  # column with a weight a row for this task, >= 0
     allow_null: bool = False  # rows with a null label do not count for this task (counted); else it is an error
-    truth: str | None = (
-        None  # column with the true probability (of a product: of its own step), where known; only evaluated
-    )
+    truth: str | None = None  # column of true probabilities (a product's: of its step), or several joined by " * "
     auxiliary: bool = False  # trained for the sake of the others: evaluated, but neither calibrated nor served
     positive_weight: float = 1.0  # > 0, binary; what a positive weighs in the loss; the probability is corrected for it
     negatives_kept: float = 1.0  # above 0 to 1, binary; share of negatives that each step keeps; corrected for as well
-    negatives_logged: float = (
-        1.0  # above 0 to 1, binary; share of negatives that the training files hold; corrected for
-    )
-    product: str | None = (
-        None  # another task: this one's probability is that one's times its tower's, on every row (ESMM)
-    )
+    negatives_logged: float = 1.0  # above 0 to 1, binary; share of negatives in the training files; corrected for
+    product: str | None = None  # another task: the probability is that one's times the tower's, on every row (ESMM)
     via: str | None = None  # another task on the way: its tower splits this one's into with and without it (ESM2)
     label_transform: Transform = Transform.none  # regression
+    domains: list[str] | None = None  # domains in which the task exists: rows elsewhere do not count; null: all
+    teacher: bool = False  # binary; the label is another model's probability; the loss is KL(label || prediction)
+    align: float = 0.0  # >= 0, of a teacher's task: weight of |log p - log label| in its loss, over labels above 0
+    at_most: str | None = None  # binary; another task, whose probability this one's should not exceed (AITM)
+    at_most_weight: float = 0.6  # >= 0; weight of the excess in this task's loss
+    at_most_of: Scale = Scale.probability  # what the excess is measured in
+    debias: Debias = Debias.none  # binary, with condition (replaces its loss) or product (is added to its loss)
+    debias_weight: float = 1.0  # >= 0; weight of the loss that `debias` estimates
+    propensity_floor: float = 1 / 15  # above 0 to 1; p(click) is taken as no less, so that no row counts for too much
 
     def __post_init__(self) -> None:
-        check_range("a task's loss_weight", self.loss_weight, 0, 1e9)
         check_range("a task's positive_weight", self.positive_weight, 1e-6, 1e6)
-        check_range("a task's negatives_kept", self.negatives_kept, 1e-9, 1)
-        check_range("a task's negatives_logged", self.negatives_logged, 1e-9, 1)
-        if self.kind is TaskKind.regression and (self.correction or self.product or self.via):
-            raise ConfigError(
-                f"the task on '{self.label}' is a regression: positive_weight, negatives_kept, negatives_logged, product "
-                "and via belong to binary tasks"
-            )
-        if self.product and self.condition:
-            raise ConfigError(
-                f"the task on '{self.label}' has condition '{self.condition}' and product '{self.product}': a product is "
-                "trained on every row; remove one of them"
-            )
+        for key in ("negatives_kept", "negatives_logged", "propensity_floor"):
+            check_range(f"a task's {key}", getattr(self, key), 1e-9, 1)
+        for key in ("loss_weight", "align", "at_most_weight", "debias_weight"):
+            check_range(f"a task's {key}", getattr(self, key), 0, 1e9)
+        for words, wrong in self._contradictions().items():
+            if wrong:
+                raise ConfigError(f"the task on '{self.label}' {words}")
+
+    def _contradictions(self) -> dict[str, object]:
+        """Words that refuse what cannot be asked of one task -> whether it is asked."""
+        of_binary = (self.correction, self.product, self.via, self.teacher, self.at_most, self.is_debiased)
+        return {
+            "is a regression: positive_weight, negatives_kept, negatives_logged, product, via, teacher, at_most and debias "
+            "belong to binary tasks": self.kind is TaskKind.regression and any(of_binary),
+            f"has condition '{self.condition}' and product '{self.product}': a product is trained on every row; remove one of "
+            "them": self.product and self.condition,
+            f"has align {self.align:g} and no teacher; set teacher=true or align=0": self.align and not self.teacher,
+            "has a teacher, whose labels are probabilities of every row: positive_weight, negatives_kept and negatives_logged "
+            "must be 1, and debias none": self.teacher and (self.correction or self.is_debiased),
+            f"has debias {self.debias.name}, which needs a condition or a product, and no via; set "
+            "debias=none": self.is_debiased and (not self.given or self.via),
+        }
+
+    @property
+    def given(self) -> str | None:
+        """The task whose positives this one's own step is taken from; None for a task of every row."""
+        return self.condition or self.product
+
+    @property
+    def is_debiased(self) -> bool:
+        """Whether its step is learned over the rows of the task that it is `given`."""
+        return self.debias is not Debias.none
+
+    @property
+    def truth_columns(self) -> list[str]:
+        """Columns whose product is the true probability.
+
+        >>> TaskConfig(label="bought", truth="true_click * true_purchase").truth_columns
+        ['true_click', 'true_purchase']
+        """
+        return [column.strip() for column in self.truth.split(" * ")] if self.truth else []
 
     @property
     def correction(self) -> float:
@@ -175,6 +221,7 @@ class DomainConfig:
 
     column: str = MISSING  # integers 0 to len(names) - 1, or strings among `names`
     names: list[str] = field(default_factory=list)
+    allow_unknown: bool = False  # null and what is not among `names` become domain -1, counted; else it is an error
 
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) < len(self.names):
@@ -213,10 +260,7 @@ class DataConfig:
                     f"data.features.{name} is {feature.kind.name}: table, hashed and dropout belong to id, bag and sequence"
                 )
         self._choose_tasks()
-        for name, task in self.tasks.items():
-            if task.condition is not None and (task.condition not in self.tasks or task.condition == name):
-                others = nearest(task.condition, set(self.tasks) - {name})
-                raise ConfigError(f"data.tasks.{name}.condition is '{task.condition}', expected another task: {others}")
+        self._check_tasks()
         self._check_funnel()
         if not self.served_tasks:
             raise ConfigError("every task of data.tasks is auxiliary; leave one that is served")
@@ -237,23 +281,53 @@ class DataConfig:
             raise ConfigError(f"data.learn is {self.learn}, expected at least one task and none twice")
         self.tasks = {name: self.tasks[name] for name in self.learn}
 
-    def _check_funnel(self) -> None:
-        """Refuse products and ways that name no binary task, come back to where they began, or mix unlike tasks."""
-        binary = {name for name, task in self.tasks.items() if task.kind is TaskKind.binary}
+    def _check_tasks(self) -> None:
+        """Refuse tasks that name no other task, or none of the right kind, and domains that there are not."""
+        every, binary = set(self.tasks), {n for n, task in self.tasks.items() if task.kind is TaskKind.binary}
         for name, task in self.tasks.items():
-            for key, other in (("product", task.product), ("via", task.via)):
-                if other is not None and other not in binary - {name}:
-                    raise ConfigError(
-                        f"data.tasks.{name}.{key} is '{other}', expected another binary task: {nearest(other, binary - {name})}"
-                    )
-            if task.via and (task.product, task.condition) != (
-                self.tasks[task.via].product,
-                self.tasks[task.via].condition,
-            ):
+            fit = binary if task.is_debiased else every
+            for key, among in (("condition", fit), ("product", binary), ("via", binary), ("at_most", binary)):
+                other = getattr(task, key)
+                if other is not None and other not in among - {name}:
+                    kind = "another task" if among is every else "another binary task"
+                    words = f"is '{other}', expected {kind}: {nearest(other, among - {name})}"
+                    raise ConfigError(f"data.tasks.{name}.{key} {words}")
+            self._check_domains(name, task)
+            if task.is_debiased:
+                self._check_debias(name, task)
+
+    def _check_domains(self, name: str, task: TaskConfig) -> None:
+        names = self.domain.names if self.domain else []
+        for domain in task.domains or []:
+            if domain not in names:
+                raise ConfigError(
+                    f"data.tasks.{name}.domains has '{domain}'; data.domain.names: {nearest(domain, names)}"
+                )
+        if task.domains is not None and len(set(task.domains)) < max(1, len(task.domains)):
+            raise ConfigError(f"data.tasks.{name}.domains is {task.domains}, expected at least one and none twice")
+
+    def _check_debias(self, name: str, task: TaskConfig) -> None:
+        assert task.given is not None
+        click = self.tasks[task.given]
+        if task.correction or click.correction:
+            raise ConfigError(
+                f"data.tasks.{name} has debias {task.debias.name}, whose propensity is p({task.given}): positive_weight, "
+                f"negatives_kept and negatives_logged must be 1 on it and on {task.given}"
+            )
+        if task.domains is not None and set(task.domains) != set(click.domains or []):
+            raise ConfigError(
+                f"data.tasks.{name} has debias {task.debias.name} and exists in other domains than {task.given}; give both the same"
+            )
+
+    def _check_funnel(self) -> None:
+        """Refuse products and ways that come back to where they began, or mix unlike tasks."""
+        for name, task in self.tasks.items():
+            way = self.tasks[task.via] if task.via else None
+            if way and (task.product, task.condition) != (way.product, way.condition):
                 raise ConfigError(
                     f"data.tasks.{name}.via is '{task.via}', which has another product or condition; give both tasks the same"
                 )
-            if task.via and self.tasks[task.via].via:
+            if way and way.via:
                 raise ConfigError(
                     f"data.tasks.{name}.via is '{task.via}', which goes via another task itself; expected one step"
                 )
@@ -303,6 +377,15 @@ class DataConfig:
     def num_dense(self) -> int:
         """Width of the dense input [B, F]: one a dense column, `size` a vector."""
         return sum(f.size if f.kind is FeatureKind.vector else 1 for f in self.dense_features.values())
+
+    @property
+    def dense_columns(self) -> dict[str, list[int]]:
+        """Dense feature -> its columns in the dense input."""
+        found: dict[str, list[int]] = {}
+        for name, feature in self.dense_features.items():
+            first = sum(map(len, found.values()))
+            found[name] = [*range(first, first + (feature.size if feature.kind is FeatureKind.vector else 1))]
+        return found
 
     @property
     def domains(self) -> list[str]:

@@ -1,5 +1,6 @@
 """The network as it is served: a program on plain tensors that needs torch alone, and a description of what they mean."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ class Served(nn.Module):
         """
         embedded = self.embeddings(values, lengths)
         items = self.ranker.items(embedded, dense) if self.ranker.item_inputs else None
+        return self.predict(embedded, dense, items=items, domain_id=domain_id)
+
+    def predict(self, embedded: Embedded, dense: Tensor, *, items: Tensor | None, domain_id: Tensor) -> Tensor:
+        """Predictions [B, S] of rows whose ids are embedded, and, with two towers, of items whose vectors [B, r] are known."""
         draws = domain_id.new_zeros(0, 2)  # only training reads them
         logits = self.ranker.score(embedded, dense, items=items, domain_id=domain_id, draws=draws).logits
         if self.calibrators is not None:
@@ -75,17 +80,24 @@ class LocalEmbeddings(nn.Module):
 
     def __init__(self, embeddings: Embeddings) -> None:
         super().__init__()
-        weights = {key.split(".")[-2]: weight for key, weight in embeddings.named_parameters()}
-        self.tables = nn.ParameterDict({name: weights[name] for name in embeddings.configs})
         self.table_of, self.linear_of = embeddings.table_of, embeddings.linear_of
         self.averaged, self.max_lengths = embeddings.averaged, embeddings.max_lengths
+        weights = {key.split(".")[-2]: weight for key, weight in embeddings.named_parameters()}
+        self.tables = nn.ParameterDict({name: weights[name] for name in embeddings.configs})
+
+    def only(self, keys: list[str]) -> "LocalEmbeddings":
+        """The same of some features, with their tables alone."""
+        some = copy.copy(self)
+        some.table_of = {key: self.table_of[key] for key in keys}
+        some.linear_of = {key: table for key, table in self.linear_of.items() if key in keys}
+        read = {*some.table_of.values(), *some.linear_of.values()}
+        some._modules = {"tables": nn.ParameterDict({name: self.tables[name] for name in self.tables if name in read})}
+        return some
 
     def forward(self, values: dict[str, Tensor], lengths: dict[str, Tensor]) -> Embedded:
         """Ids [n] and lengths [B] of each feature -> what the tables say of the rows."""
         pooled, histories, linear = {}, {}, {}
         for key, table in self.table_of.items():
-            if key not in values:  # of the other tower
-                continue
             torch._assert_async(
                 lengths[key].sum() == values[key].shape[0], f"lengths of '{key}' do not add up to its ids"
             )

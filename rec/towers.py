@@ -97,12 +97,10 @@ class TaskTowers(nn.Module):
             values = values[:, self.tower_of]
         return self.towers(values.transpose(0, 1)).transpose(0, 1)
 
-    def prune(self, tasks: list[int]) -> list[int]:
-        """Leave only the towers of `tasks`, which are numbered anew in that order; gives the numbers that they had."""
-        kept = [i for i, task in enumerate(self.tower_of) if task in tasks]
-        self.tower_of = [tasks.index(self.tower_of[i]) for i in kept]
-        prune_stack(self.towers, kept)
-        return kept
+    def prune(self, tasks: list[int], *, towers: list[int]) -> None:
+        """Leave only the `towers`, all of `tasks`, which are numbered anew in that order."""
+        self.tower_of = [tasks.index(self.tower_of[i]) for i in towers]
+        prune_stack(self.towers, towers)
 
 
 class DotTowers(TaskTowers):
@@ -141,11 +139,10 @@ class DotTowers(TaskTowers):
         of_domain = self.domain_bias[torch.where(known, domain_id, 0)] * known.unsqueeze(1)
         return products + self.bias + of_domain
 
-    def prune(self, tasks: list[int]) -> list[int]:
+    def prune(self, tasks: list[int], *, towers: list[int]) -> None:
         """See `TaskTowers.prune`."""
-        kept = super().prune(tasks)
-        self.bias.data, self.domain_bias.data = self.bias.data[kept], self.domain_bias.data[:, kept]
-        return kept
+        super().prune(tasks, towers=towers)
+        self.bias.data, self.domain_bias.data = self.bias.data[towers], self.domain_bias.data[:, towers]
 
 
 def build_towers(

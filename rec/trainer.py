@@ -162,17 +162,23 @@ class Trainer:
         self.optimizers.set_lr(self.lr_factor)
         self.optimizers.zero_grad()
         outputs = self.model(batch)
-        losses = self.loss(outputs.logits, batch.labels, weights, global_weights)
+        losses = self.loss(outputs.logits, batch.labels, weights, global_weights, towers=outputs.towers)
         losses.total = self._total(losses, outputs, batch, own_weights / global_weights.clamp(min=1e-30))
         (losses.total * self.rank.world_size).backward()  # TorchRec and DDP average gradients over ranks
         self.weighting.sync_gradients()
         return losses, self.optimizers.step()
 
     def _total(self, losses: Losses, outputs: Outputs, batch: Batch, shares: torch.Tensor) -> torch.Tensor:
-        """What is differentiated: the tasks' losses as weighed, and the gates' balance."""
+        """What is differentiated: the tasks' losses as weighed, and what gates, rows and weights are charged beside them."""
         total = self.weighting(losses.weighted, shares=shares, shared=outputs.shared, step=self.info.step)
         if self.balance_loss and outputs.gate_weights is not None:
             total = total + self.balance_loss * balance_loss(outputs.gate_weights, batch.row_id >= 0)
+        if outputs.penalty is not None:
+            total = total + outputs.penalty / self.rank.world_size
+        if outputs.row_penalty is not None:
+            counts = (batch.row_id >= 0).float()
+            rows = sum_over_ranks(counts.sum())
+            total = total + (outputs.row_penalty * counts).sum() / rows
         return total
 
     @property

@@ -1,7 +1,8 @@
 """Small worlds whose probabilities are known: a seed -> batches made in memory, for the studies of `rec.study`.
 
 `SegmentWorld` has tasks that conflict, as clicks and purchases do; `TaskPair` is the synthetic data of the MMoE paper. Both
-feed the network one vector and no ids, so that an experiment takes minutes on a CPU.
+feed the network one vector and no ids, so that an experiment takes minutes on a CPU. Worlds with ids are in `rec.id_world`,
+one of many domains is in `rec.domain_world`.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from scipy.optimize import brentq
+from scipy.special import expit
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -33,8 +35,8 @@ class World(ABC):
 
     def batches(self, num_batches: int, *, batch_size: int, stream: int = 0) -> Iterator[Batch]:
         """Fresh batches; another `stream` of one world gives other rows of the same probabilities."""
-        generator, start = _generator(self.seed, 1 + stream), 0
-        sparse = _no_ids(batch_size)
+        generator, start = make_generator(self.seed, 1 + stream), 0
+        sparse = None if self.data.sparse_features else no_ids(batch_size)  # batches share it: making one takes long
         at_once = max(1, BLOCK_ROWS // batch_size)
         for first in range(0, num_batches, at_once):
             block = self.draw(batch_size * min(at_once, num_batches - first), generator)
@@ -51,17 +53,38 @@ class World(ABC):
 
 
 def take(batch: Batch, rows: slice | Tensor, sparse_features: KeyedJaggedTensor | None = None) -> Batch:
-    """The chosen rows of a batch without ids.
+    """The chosen rows of a batch, in the order in which they are chosen; every one of them counts as a row, not as padding.
 
     Args:
         batch: of B rows.
         rows: places in the batch, int64.
-        sparse_features: without keys, of as many rows; made here by default.
+        sparse_features: the ids of the chosen rows; taken from the batch by default.
     """
     parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
     chosen = {name: part[rows] if isinstance(part, Tensor) else part for name, part in parts.items()}
-    size = len(chosen["dense"])
-    return Batch(**{**chosen, "sparse_features": sparse_features or _no_ids(size), "num_rows": size})
+    if sparse_features is None:
+        sparse_features = take_ids(batch.sparse_features, torch.arange(len(batch.row_id))[rows])
+    return Batch(**{**chosen, "sparse_features": sparse_features, "num_rows": len(chosen["row_id"])})
+
+
+def take_ids(ids: KeyedJaggedTensor, rows: Tensor) -> KeyedJaggedTensor:
+    """The ids of the chosen rows, of every key; fbgemm's own selection has no kernel for CPUs.
+
+    Args:
+        ids: of B rows and any number of keys, without weights, on a CPU.
+        rows: [R] int64, places 0 to B - 1, in any order and as often as one likes.
+
+    >>> ids = KeyedJaggedTensor(keys=["a"], values=torch.tensor([5, 6, 7]), lengths=torch.tensor([2, 0, 1]))
+    >>> take_ids(ids, torch.tensor([2, 0])).values()
+    tensor([7, 5, 6])
+    """
+    shape = (len(ids.keys()), ids.stride())
+    lengths = ids.lengths().view(shape)[:, rows].flatten()
+    first = ids.offsets()[:-1].view(shape)[:, rows].flatten()
+    shift = first - (lengths.cumsum(0) - lengths)  # from a list's place among the taken ids to where it was
+    places = torch.repeat_interleave(shift, lengths)
+    values = ids.values()[places + torch.arange(len(places))]
+    return KeyedJaggedTensor(keys=ids.keys(), values=values, lengths=lengths, stride=len(rows))
 
 
 # ---- click and purchase, which conflict
@@ -178,7 +201,7 @@ class SegmentWorld(World):
         labels[:, 1:] *= labels[:, :1]
         weights = labels[:, :1].expand_as(labels).clone()
         weights[:, 0] = 1
-        return _batch(generator, dense=dense, labels=labels, weights=weights, domain_id=domain_id, truth=truth)
+        return make_batch(generator, dense=dense, labels=labels, weights=weights, domain_id=domain_id, truth=truth)
 
     def _inputs(self, num_rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         dense = torch.zeros(num_rows, NUM_INPUTS + NUM_SEGMENTS)
@@ -190,18 +213,13 @@ class SegmentWorld(World):
 
     def _set_rates(self, rates: Sequence[float]) -> None:
         """Choose the intercepts that give the `rates` before placements shift them; a click's chance weighs the others."""
-        dense, _ = self._inputs(CALIBRATION_ROWS, _generator(self.seed, 0))
+        dense, _ = self._inputs(CALIBRATION_ROWS, make_generator(self.seed, 0))
         steep = (self.spread * self.latents(dense)).double().numpy()
         weights = np.ones(len(steep))
         for task, rate in enumerate(rates):
-            self.intercept[task] = _intercept(steep[:, task], rate=rate, weights=weights)
+            self.intercept[task] = find_intercept(steep[:, task], rate=rate, weights=weights)
             if task == 0:
-                weights = _sigmoid(float(self.intercept[0]) + steep[:, 0])
-
-
-def _intercept(steep: np.ndarray, *, rate: float, weights: np.ndarray) -> float:
-    """What to add to logits [R] for a mean chance of `rate` over rows of `weights` [R]."""
-    return brentq(lambda z: np.average(_sigmoid(z + steep), weights=weights) - rate, -30, 30)
+                weights = expit(float(self.intercept[0]) + steep[:, 0])
 
 
 class _Functions:
@@ -215,14 +233,14 @@ class _Functions:
 
     def __init__(self, seed: int, *, groups: Sequence[int]) -> None:
         self.num = NUM_SEGMENTS * len(groups)
-        generators = [_generator(seed, 0, group) for group in groups]
+        generators = [make_generator(seed, 0, group) for group in groups]
         # of every function: a linear form, two whose product is taken, and the hidden units, steep enough to bend
         kinds = [(1, 1.0), (1, 0.7), (1, 1.0), (NUM_HIDDEN, 1.5)]
         self.forms = torch.cat([self._normal(NUM_INPUTS * k, generators).view(NUM_INPUTS, -1) * s for k, s in kinds], 1)
         self.forms /= math.sqrt(NUM_INPUTS)
         self.readout = self._normal(NUM_HIDDEN, generators) * (1.5 / math.sqrt(NUM_HIDDEN))
         self.mean, self.unmix = torch.zeros(self.num), torch.eye(self.num)
-        values = self(torch.randn(CALIBRATION_ROWS, NUM_INPUTS, generator=_generator(seed, 0))).double()
+        values = self(torch.randn(CALIBRATION_ROWS, NUM_INPUTS, generator=make_generator(seed, 0))).double()
         root = torch.linalg.cholesky(values.T.cov())
         self.mean, self.unmix = values.mean(0).float(), torch.linalg.inv(root).T.float()
 
@@ -295,7 +313,7 @@ class TaskPair(World):
 
     def __init__(self, seed: int, *, p: float, num_inputs: int = 100, num_sines: int = 10, noise: float = 0.1) -> None:
         self.seed, self.noise = seed, noise
-        generator = _generator(seed, 0)
+        generator = make_generator(seed, 0)
         basis, _ = torch.linalg.qr(torch.randn(num_inputs, 2, generator=generator))
         self.weights = basis @ torch.tensor([[1.0, p], [0.0, math.sqrt(1 - p**2)]])  # [d, 2]
         self.alpha, self.beta = torch.randn(2, num_sines, generator=generator)
@@ -313,24 +331,26 @@ class TaskPair(World):
         dense = torch.randn(num_rows, len(self.weights), generator=generator)
         signal = self.signal(dense)
         labels = signal + self.noise * torch.randn(signal.shape, generator=generator)
-        return _batch(generator, dense=dense, labels=labels, weights=torch.ones_like(labels))
+        return make_batch(generator, dense=dense, labels=labels, weights=torch.ones_like(labels))
 
 
-# ---- batches without ids
+# ---- what worlds are made with
 
 
-def _batch(
+def make_batch(
     generator: torch.Generator,
     *,
     dense: Tensor,
     labels: Tensor,
     weights: Tensor,
+    sparse_features: KeyedJaggedTensor | None = None,
     domain_id: Tensor | None = None,
     truth: Tensor | None = None,
 ) -> Batch:
+    """Rows numbered from 0 with fresh draws, no group, and by default no ids and one domain; see `Batch`."""
     size = len(dense)
     return Batch(
-        sparse_features=_no_ids(size),
+        sparse_features=no_ids(size) if sparse_features is None else sparse_features,
         dense=dense,
         labels=labels,
         weights=weights,
@@ -343,14 +363,17 @@ def _batch(
     )
 
 
-def _no_ids(size: int) -> KeyedJaggedTensor:
+def no_ids(size: int) -> KeyedJaggedTensor:
+    """`size` rows without keys."""
     empty = torch.zeros(0, dtype=torch.int64)
     return KeyedJaggedTensor(keys=[], values=empty, lengths=empty.int(), stride=size)
 
 
-def _generator(*seeds: int) -> torch.Generator:
+def make_generator(*seeds: int) -> torch.Generator:
+    """Numbers that are a function of all the `seeds`, >= 0, and unlike those of any others."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1))
 
 
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-z))
+def find_intercept(logits: np.ndarray, *, rate: float, weights: np.ndarray) -> float:
+    """What to add to `logits` [R] for a mean chance of `rate`, 0 to 1, over rows of `weights` [R]."""
+    return brentq(lambda z: np.average(expit(z + logits), weights=weights) - rate, -30, 30)

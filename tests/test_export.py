@@ -80,8 +80,8 @@ def exported(run_dir: Path) -> dict[str, Any]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check runs in this process, which saves the start of another."""
 
-    def run_here(model: Path, rows: CheckRows) -> Ran:
-        program = torch.export.load(model).module()
+    def run_here(programs: Path, rows: CheckRows) -> Ran:
+        program = torch.export.load(programs / "model.pt2").module()
         return Ran(torch.cat([program(**inputs) for inputs in rows.inputs]), dict.fromkeys(rows.timed, 0.5))
 
     monkeypatch.setattr(exporting, "run_alone", run_here)
@@ -216,7 +216,7 @@ class TestRefused:
 
         def tampered(*arguments: Any, **options: Any) -> Served:
             served = load(*arguments, **options)
-            list(served.towers.parameters())[-1][0] += 1e-3  # the bias of a logit
+            list(served.ranker.towers.parameters())[-1][0] += 1e-3  # the bias of a logit
             return served
 
         monkeypatch.setattr(exporting, "load_served", tampered)
@@ -243,7 +243,7 @@ class TestRefused:
     def test_a_program_that_does_not_run(self, tmp_path: Path) -> None:
         (tmp_path / "model.pt2").write_bytes(b"no program")
         with pytest.raises(ConfigError, match="does not run with torch alone, so nothing was written:\n(?s:.*)Error"):
-            run_alone(tmp_path / "model.pt2", CheckRows([], {}, torch.zeros(1, 1)))
+            run_alone(tmp_path, CheckRows([], {}, torch.zeros(1, 1)))
 
     def test_folder_of_something_else(self, tmp_path: Path) -> None:
         (tmp_path / "schema.json").touch()

@@ -447,7 +447,10 @@ ALLOW = "set data.{}.allow_null=true"
         (with_value("true_click", None), ["'true_click' has 1 nulls", "expected a number", "fill"]),
         (with_value("query", None), ["'query' has 1 nulls", "position 5", "expected a group", "fill"]),
         (with_value("tab", None), ["'tab' holds domain None", "data.domain.names", "valid: feed, home, suche"]),
-        (with_value("tab", "hom"), ["'tab' holds domain 'hom'", "data.domain.names", "did you mean 'home'"]),
+        (
+            with_value("tab", "hom"),
+            ["'tab' holds domain 'hom'", "data.domain.names", "did you mean 'home'", "data.domain.allow_unknown=true"],
+        ),
         (lambda t: change(t, "tab", [0, 3] * 100), ["'tab' holds domain 3", "data.domain.names"]),
         (lambda t: change(t, "tab", [0, -1] * 100), ["'tab' holds domain -1", "data.domain.names"]),
         (
@@ -559,3 +562,90 @@ def test_a_null_label_on_the_way_takes_the_row_out_of_the_product() -> None:
     data = DataConfig(name="f", path="x", features={"price": FeatureConfig(kind=FeatureKind.dense)}, tasks=tasks)
     batch = Encoder(data).collate(Encoder(data).encode(table, WHERE), 2)
     assert batch.weights.tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_truth_may_be_a_product_of_columns(rich: pa.Table) -> None:
+    tasks = {**TASKS, "bought": TaskConfig(label="clicked", truth="true_click * true_purchase")}
+    encoder = Encoder(rich_config(tasks=tasks), truth=True)
+    assert {"true_click", "true_purchase"} <= set(encoder.columns)
+    batch = encoder.collate(encoder.encode(rich, WHERE), len(rich))
+    assert batch.truth is not None
+    expected = [row["true_click"] * row["true_purchase"] for row in rich.to_pylist()]
+    assert batch.truth[:, -1].tolist() == pytest.approx(expected, rel=1e-6)
+    (finding,) = encoder.check_schema(rich.drop_columns(["true_purchase"]).schema, "f")
+    assert "column 'true_purchase' is missing" in finding
+
+
+# --- domains ---
+
+
+def small_config(domain: DomainConfig, **tasks: TaskConfig) -> DataConfig:
+    return DataConfig(
+        name="d", path="x", features={"x": FeatureConfig(kind=FeatureKind.dense)}, tasks=tasks, domain=domain
+    )
+
+
+def test_a_task_counts_in_its_domains_alone_whatever_the_columns_hold_elsewhere() -> None:
+    rng = np.random.default_rng(5)
+    names = ["home", "search", "feed"]
+    rows = [{"tab": rng.choice(names), "click": bool(rng.integers(2)), "x": 1.0} for _ in range(60)]
+    for row in rows:  # garbage of every kind where the task does not exist
+        search = row["tab"] == "search"
+        garbage = rng.choice(np.array([None, math.nan, 7.0], object))
+        row["bought"] = float(rng.integers(2)) if search else garbage
+        row["trust"], row["p"] = (float(rng.random()) if search else None for _ in range(2))
+        row["paid"] = float(rng.integers(2)) if row["tab"] != "feed" else None
+    tasks = {
+        "click": TaskConfig(label="click"),
+        "buy": TaskConfig(label="bought", weight="trust", truth="p", domains=["search"]),
+        "pay": TaskConfig(label="paid", condition="click", domains=["home", "search"]),
+        "refund": TaskConfig(label="click", product="buy"),  # exists where what it is a product with does
+        "review": TaskConfig(label="click", condition="buy"),
+    }
+    encoder = Encoder(small_config(DomainConfig(column="tab", names=names), **tasks), truth=True)
+    batch = encoder.collate(encoder.encode(pa.Table.from_pylist(rows), WHERE), 60)
+    assert batch.truth is not None and not encoder.repairs
+    for b, row in enumerate(rows):
+        search, buy = row["tab"] == "search", row["bought"] if row["tab"] == "search" else 0.0
+        trust = row["trust"] if search else 0.0
+        expected = [1.0, trust, float(row["click"] and row["tab"] != "feed"), float(search), float(buy > 0)]
+        assert batch.weights[b].tolist() == pytest.approx(expected)
+        labels = [row["click"], buy, row["paid"] or 0.0, buy * row["click"], row["click"]]
+        assert batch.labels[b].tolist() == [float(y) for y in labels]
+        assert batch.truth[b, 1].item() == (pytest.approx(row["p"]) if search else pytest.approx(math.nan, nan_ok=True))
+
+
+def test_bad_labels_in_a_task_s_own_domains_are_named_at_their_place() -> None:
+    config = small_config(DomainConfig(column="tab", names=["a", "b"]), buy=TaskConfig(label="buy", domains=["b"]))
+    table = {"tab": ["a", "a", "b", "b"], "x": [0.0] * 4}
+    with pytest.raises(DataError, match="'buy' has 1 nulls, the first at position 3"):
+        Encoder(config).encode(pa.table({**table, "buy": [None, None, 1, None]}), WHERE)
+    with pytest.raises(DataError, match="'buy' holds label 2"):
+        Encoder(config).encode(pa.table({**table, "buy": [None, 3, 1, 2]}), WHERE)
+    config.tasks["buy"].allow_null = True
+    encoder = Encoder(config)
+    batch = encoder.collate(encoder.encode(pa.table({**table, "buy": [None, None, 1, None]}), WHERE), 4)
+    assert batch.weights[:, 0].tolist() == [0, 0, 1, 0]
+    assert encoder.repairs == {"buy: null read as rows that do not count": 1}
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "expected"),
+    [
+        (["b", "x", None, "a"], TEXT, [1, -1, -1, 0]),
+        (["b", "x", None, "a"], WORD, [1, -1, -1, 0]),
+        ([b"b", b"\xff", None, b"a"], pa.binary(), [1, -1, -1, 0]),
+        ([1, -1, None, 2], I64, [1, -1, -1, -1]),
+        ([1, 2**64 - 1, 2, 0], pa.uint64(), [1, -1, -1, 0]),
+        ([None] * 4, pa.null(), [-1] * 4),
+    ],
+)
+def test_unknown_domains_may_be_allowed_and_are_counted(values: list, kind: pa.DataType, expected: list[int]) -> None:
+    domain = DomainConfig(column="tab", names=["a", "b"], allow_unknown=True)
+    tasks = {"click": TaskConfig(label="y"), "buy": TaskConfig(label="y", domains=["b"])}
+    encoder = Encoder(small_config(domain, **tasks))
+    table = pa.table({"tab": pa.array(values, kind), "x": [0.0] * 4, "y": [1, 0, 1, 0]})
+    batch = encoder.collate(encoder.encode(table, WHERE), 5)
+    assert batch.domain_id.tolist() == [*expected, 0]
+    assert encoder.repairs == {"tab: unknown domain read as -1": expected.count(-1)}
+    assert batch.weights[:4].tolist() == [[1.0, float(d == 1)] for d in expected]

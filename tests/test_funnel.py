@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rec.funnel import Funnel, log_complement, tower_of
-from rec.schema import ConfigError, DataConfig, FeatureConfig, FeatureKind, TaskConfig, TaskKind
+from rec.funnel import Funnel, imputation_towers, log_complement, needed_towers, tower_of
+from rec.schema import ConfigError, DataConfig, Debias, FeatureConfig, FeatureKind, TaskConfig, TaskKind
 
 ESM2 = {
     "click": TaskConfig(label="click"),
@@ -73,6 +73,43 @@ def test_sampling_is_corrected_outside_training_alone() -> None:
     odds = seen / (1 - seen) / 3 * 0.1
     torch.testing.assert_close(funnel.eval()(towers)[:, 0].sigmoid(), odds / (1 + odds))
     torch.testing.assert_close(funnel(towers)[:, 1], towers[:, 1])
+
+
+DR = {
+    "click": TaskConfig(label="click"),
+    "like": TaskConfig(label="like", condition="click", debias=Debias.dr, auxiliary=True),
+    "cart": TaskConfig(label="cart", product="click", debias=Debias.dr),
+    "buy": TaskConfig(label="buy", product="click", via="cart"),
+    "pay": TaskConfig(label="pay", condition="click", debias=Debias.ips),
+}
+
+
+def test_imputation_towers_come_last_and_no_logit_reads_them() -> None:
+    assert tower_of(DR) == [0, 1, 2, 3, 4, 3, 1, 2]
+    assert imputation_towers(DR) == {1: 6, 2: 7}
+    towers = torch.randn(30, 8, requires_grad=True)
+    for funnel in (Funnel(DR).train(), Funnel(DR).eval()):
+        logits = funnel(towers)
+        (gradient,) = torch.autograd.grad(logits.sum(), towers)
+        assert logits.shape == (30, 5)
+        assert (gradient[:, 6:] == 0).all() and (gradient[:, :6] != 0).any(dim=0).all()
+    without = {name: TaskConfig(label=task.label, product=task.product, via=task.via) for name, task in DR.items()}
+    assert torch.equal(Funnel(without)(towers[:, :6]), Funnel(DR)(towers))
+
+
+def test_towers_without_a_product_are_cut_to_the_tasks() -> None:
+    tasks = {name: DR[name] for name in ("click", "like", "pay")}
+    towers = torch.randn(9, 4)
+    assert torch.equal(Funnel(tasks)(towers), towers[:, :3])
+    assert torch.equal(Funnel(tasks)(towers[:, :3]), towers[:, :3])
+
+
+def test_what_serving_needs_gives_the_same_logits() -> None:
+    towers, needed = torch.randn(30, 8), ["click", "cart", "buy"]
+    kept = needed_towers(DR, needed)
+    assert kept == [0, 2, 3, 5]
+    served = Funnel({name: DR[name] for name in needed}, outputs=["buy", "click"]).eval()
+    torch.testing.assert_close(served(towers[:, kept]), Funnel(DR).eval()(towers)[:, [3, 0]])
 
 
 def data(**tasks: TaskConfig) -> DataConfig:

@@ -48,3 +48,12 @@ class TestKnots:
         logits = np.linspace(-1, 1, 100)
         curve = fit_knots(rows_of(logits, (logits > 0).astype(float)), 0, num_domains=0, min_positives=1).overall
         assert torch.tensor(curve.calibrated).sigmoid().tolist() == pytest.approx([1 / 52, 1 / 52, 51 / 52, 51 / 52])
+
+    def test_a_row_of_an_unknown_domain_is_in_the_curve_of_all_rows_alone(self) -> None:
+        logits, labels = drawn(3000)
+        domain = np.random.default_rng(1).integers(-1, 2, 3000)
+        curves = fit_knots(rows_of(logits, labels, domain_id=domain), 0, num_domains=2, min_positives=1)
+        assert curves.overall == fit_knots(rows_of(logits, labels), 0, num_domains=0, min_positives=1).overall
+        for d in (0, 1):
+            here = rows_of(logits[domain == d], labels[domain == d])
+            assert curves.domains[d] == fit_knots(here, 0, num_domains=0, min_positives=1).overall

@@ -15,8 +15,8 @@ from rec.logs import RunLog, table_of
 from rec.metrics import EvalResult
 from tests.conftest import CONF, torchrun, toy_overrides, toy_table
 
-BINARY = {"auc", "pr_auc", "logloss", "ne", "calibration", "ece", "field_ece", "gauc", "rows", "positives"}
-REGRESSION = {"mae", "rmse", "calibration", "rows"}
+BINARY = {"auc", "pr_auc", "logloss", "ne", "calibration", "ece", "field_ece", "gauc", "rows", "positives", "log_mae"}
+REGRESSION = {"mae", "rmse", "calibration", "rows", "log_mae"}
 TASKS = {"click": BINARY, "purchase": BINARY, "dwell": REGRESSION}
 TABLES = {"user", "query", "item", "tags"}
 

@@ -131,7 +131,8 @@ def test_binary_metrics_equal_scikit_learn_and_loops(mode: dict, domain: int | N
         expected = dict(reference(3000, task, domain))
         if domain is not None:
             assert values["field_ece"] is expected.pop("field_ece") is None
-        assert tuple(values) == BINARY_METRICS + (TRUTH_METRICS if name == "click" else ())
+        assert tuple(values) == (*BINARY_METRICS, *(TRUTH_METRICS if name == "click" else ()), "log_mae")
+        assert values["log_mae"] is None  # no label is a teacher's
         tolerances = {"auc": 2e-4, "pr_auc": 3e-3, "ece": 3e-2, "field_ece": 3e-2} if mode is BINS else {}
         if mode is BINS:
             assert values["gauc"] is None  # no group fits
@@ -162,7 +163,8 @@ def test_regression_metrics() -> None:
     rows = make_rows(2000)
     preds, labels, weights, _, _ = counted(rows, 2)
     values = evaluate(rows).metrics["watch"]
-    assert tuple(values) == REGRESSION_METRICS
+    assert tuple(values) == (*REGRESSION_METRICS, "log_mae")
+    assert values["log_mae"] is None
     assert values["rows"] == len(preds)
     assert values["mae"] == pytest.approx(np.average(np.abs(preds - labels), weights=weights), rel=1e-6)
     assert values["rmse"] == pytest.approx(math.sqrt(np.average((preds - labels) ** 2, weights=weights)), rel=1e-6)
@@ -228,18 +230,65 @@ def test_one_score_for_all_is_a_tie(mode: dict) -> None:
 
 @MODES
 def test_what_has_no_meaning_is_none(mode: dict) -> None:
-    none_of_these = {"auc", "pr_auc", "ne", "gauc"}
+    none_of_these = {"auc", "pr_auc", "ne", "gauc", "log_mae"}
     no_positives = evaluate_one([0.5, -1.0], [0, 0], **mode)
     assert {name for name, value in no_positives.items() if value is None} == none_of_these | {"calibration"}
     no_negatives = evaluate_one([0.5, -1.0], [1, 1], **mode)
     assert {name for name, value in no_negatives.items() if value is None} == none_of_these
     masked = evaluate_one([math.nan, math.inf], [7, math.nan], weights=[0.0, 0.0], **mode)
-    assert masked == dict.fromkeys(BINARY_METRICS) | {"rows": 0, "positives": 0}
+    assert masked == dict.fromkeys((*BINARY_METRICS, "log_mae")) | {"rows": 0, "positives": 0}
     result = evaluate(make_rows(50), **mode)
-    assert result.domains["watch"]["never"] == {"mae": None, "rmse": None, "calibration": None, "rows": 0}
-    never = dict.fromkeys(BINARY_METRICS + TRUTH_METRICS) | {"rows": 0, "positives": 0}
+    assert result.domains["watch"]["never"] == dict.fromkeys((*REGRESSION_METRICS, "log_mae")) | {"rows": 0}
+    never = dict.fromkeys((*BINARY_METRICS, *TRUTH_METRICS, "log_mae")) | {"rows": 0, "positives": 0}
     assert result.domains["click"]["never"] == never
     json.dumps(asdict(result), allow_nan=False)
+
+
+@MODES
+def test_rows_of_an_unknown_domain_count_overall_and_in_no_domain(mode: dict) -> None:
+    rows = make_rows(2000)
+    known = torch.from_numpy(np.random.default_rng(1).random(2000) < 0.7)
+    result = evaluate(rows | {"domain_id": torch.where(known, rows["domain_id"], -1)}, **mode)
+    inside = evaluate({name: x[known] for name, x in rows.items()}, **mode)
+    rel = 1e-2 if mode is BINS else 1e-9  # the grid of fewer rows may be another
+    assert_close(result.domains, inside.domains, rel=rel)
+    overall, expected = (dict(one.metrics["click"]) for one in (result, evaluate(rows, **mode)))
+    assert overall.pop("field_ece") == pytest.approx(inside.metrics["click"]["field_ece"], rel=rel)
+    assert expected.pop("field_ece") != inside.metrics["click"]["field_ece"]
+    assert_close(overall, expected)
+    assert_close(result.metrics["watch"], evaluate(rows, **mode).metrics["watch"])
+
+
+def soften(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows, some of which have a teacher's label of task cart; some logits and labels are far out."""
+    rng, labels, logits = np.random.default_rng(2), rows["labels"].clone(), rows["logits"].clone()
+    soft = torch.from_numpy(rng.choice([0.0, 1.0, 0.3, 0.999, 1e-4, 1e-30], len(labels))).float()
+    counts = rows["weights"][:, 1] > 0
+    labels[counts, 1] = soft[counts]
+    logits[counts & (torch.arange(len(labels)) % 7 == 0), 1] = -40
+    return rows | {"labels": labels, "logits": logits}
+
+
+@pytest.mark.parametrize("domain", [None, 0, 2])
+def test_log_mae_equals_a_loop(domain: int | None) -> None:
+    rows = soften(make_rows(2000))
+    result = evaluate(rows, batch_size=333)
+    logits, labels, weights, _, _ = counted(rows, 1, domain)
+    total, weight = 0.0, 0.0
+    for z, y, w in zip(logits, labels, weights, strict=True):
+        if 0 < y < 1:
+            total += w * abs(math.log(max(1 / (1 + math.exp(-z)), 1e-12)) - math.log(max(y, 1e-12)))
+            weight += w
+    values = result.metrics["cart"] if domain is None else result.domains["cart"][DOMAINS[domain]]
+    assert values["log_mae"] == pytest.approx(total / weight, rel=1e-6)
+    assert result.metrics["click"]["log_mae"] is None and result.domains["cart"]["never"]["log_mae"] is None
+
+
+def test_a_perfect_student_has_a_log_mae_of_0() -> None:
+    labels = np.array([1e-6, 0.01, 0.5, 0.99])
+    logits = np.log(labels / (1 - labels))
+    assert evaluate_one(logits, labels)["log_mae"] == pytest.approx(0, abs=1e-6)
+    assert evaluate_one(logits - math.log(2), labels)["log_mae"] > 0.3
 
 
 def test_no_update_and_no_rows() -> None:
@@ -336,7 +385,8 @@ def test_group_auc_samples_whole_groups_in_bounded_memory() -> None:
         ("weights", -1.0, "weights of task 'click' is -1 in row 3"),
         ("weights", math.nan, "weights of task 'click' is nan in row 3"),
         ("truth", math.nan, "truth of task 'click' is nan in row 3"),
-        ("domain_id", 4, "domain_id of task 'click' is 4 in row 3 of the batch, expected 0 to 3"),
+        ("domain_id", 4, "domain_id of task 'click' is 4 in row 3 of the batch, expected -1 to 3"),
+        ("domain_id", -2, "domain_id of task 'click' is -2 in row 3 of the batch, expected -1 to 3"),
     ],
 )
 def test_a_bad_value_is_named_and_loses_nothing(field: str, value: float, message: str) -> None:
@@ -370,6 +420,8 @@ def test_two_and_three_ranks_equal_one_process(tmp_path: Path) -> None:
     rows = make_rows(5000)
     for start in range(700, 5000, 2100):  # the rows of rank 1, whose grid is then finer than that of rank 0
         rows["logits"][start : start + 700] *= 1e-3
+    rows = soften(rows)
+    rows["domain_id"][::5] = -1
     torch.save({"rows": rows, "tasks": TASKS, "domains": DOMAINS, "configs": CONFIGS}, tmp_path / "rows.pt")
     worker = [str(ROOT / "tests/workers/metrics_worker.py"), str(tmp_path / "rows.pt"), str(tmp_path / "out.json")]
     torchrun(*worker, ranks=3, timeout=120)
@@ -377,6 +429,7 @@ def test_two_and_three_ranks_equal_one_process(tmp_path: Path) -> None:
     assert [len(results) for results in ranks] == [2 * len(CONFIGS), 2 * len(CONFIGS), len(CONFIGS)]
     for name, config in CONFIGS.items():
         expected = asdict(evaluate(rows, **config))
+        assert expected["metrics"]["cart"]["log_mae"] > 0
         for results in ranks:
             for world_size in (2, 3):
                 assert_close(results.get(f"{name} {world_size}", expected), expected)

@@ -106,6 +106,13 @@ class TestDomains:
             want, _ = fit(rows_of(self.logits[among], self.labels[among]))
             torch.testing.assert_close(own.ab[0, d], want.ab[0, 0], rtol=1e-5, atol=1e-5)
 
+    def test_rows_of_an_unknown_domain_are_in_the_line_of_all_rows_alone(self) -> None:
+        _, want = self.lines(0)
+        known = np.where(self.domain == 2, -1, self.domain)
+        overall, own = fit(rows_of(self.logits, self.labels, domain_id=known), num_domains=2, prior_positives=0)
+        torch.testing.assert_close(own.ab, want.ab[:, :2])
+        torch.testing.assert_close(overall.ab, fit(rows_of(self.logits, self.labels))[0].ab)
+
     def test_under_an_endless_prior_all_have_the_fit_of_all_rows(self) -> None:
         overall, own = self.lines(1e12)
         torch.testing.assert_close(own.ab[0], overall.ab[0].expand(3, 2), rtol=1e-7, atol=1e-7)

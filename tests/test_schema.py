@@ -5,11 +5,13 @@ import pytest
 from rec.schema import (
     ConfigError,
     DataConfig,
+    Debias,
     DomainConfig,
     FeatureConfig,
     FeatureKind,
     TableConfig,
     TaskConfig,
+    TaskKind,
     check_range,
     nearest,
 )
@@ -130,3 +132,101 @@ def test_learn_chooses_tasks_and_their_order() -> None:
 
 def with_tasks(**parts: Any) -> DataConfig:
     return DataConfig(name="x", path="x", features={"a": FeatureConfig(kind=FeatureKind.dense)}, **parts)
+
+
+DOMAIN = DomainConfig(column="tab", names=["home", "search"])
+CLICK = TaskConfig(label="click")
+
+
+def a_task(**settings: Any) -> TaskConfig:
+    return TaskConfig(label="buy", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"kind": TaskKind.regression, "teacher": True},
+            "is a regression: .* teacher, at_most and debias belong to binary",
+        ),
+        ({"kind": TaskKind.regression, "at_most": "click"}, "is a regression"),
+        ({"kind": TaskKind.regression, "condition": "click", "debias": Debias.ips}, "is a regression"),
+        ({"align": 0.5}, "has align 0.5 and no teacher"),
+        ({"teacher": True, "positive_weight": 2.0}, "has a teacher.*positive_weight"),
+        ({"teacher": True, "product": "click", "debias": Debias.dr}, "has a teacher.*debias none"),
+        ({"debias": Debias.ips}, "has debias ips, which needs a condition or a product"),
+        ({"debias": Debias.dr, "product": "click", "via": "cart"}, "has debias dr, .* no via"),
+        ({"align": -1.0, "teacher": True}, "align is -1"),
+        ({"at_most_weight": -1.0}, "at_most_weight is -1"),
+        ({"debias_weight": -1.0}, "debias_weight is -1"),
+        ({"propensity_floor": 0.0}, "propensity_floor is 0"),
+        ({"propensity_floor": 1.1}, "propensity_floor is 1.1"),
+    ],
+)
+def test_what_one_task_cannot_be_asked(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        a_task(**settings)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ({"buy": a_task(domains=["hom"])}, "data.tasks.buy.domains has 'hom'; data.domain.names: did you mean 'home'"),
+        ({"buy": a_task(domains=[])}, r"data.tasks.buy.domains is \[\], expected at least one"),
+        ({"buy": a_task(domains=["home", "home"])}, "none twice"),
+        ({"buy": a_task(at_most="clik"), "click": CLICK}, "buy.at_most is 'clik', .* did you mean 'click'"),
+        ({"buy": a_task(at_most="buy")}, "buy.at_most is 'buy', expected another binary task"),
+        (
+            {"buy": a_task(at_most="dwell"), "dwell": TaskConfig(label="d", kind=TaskKind.regression)},
+            "buy.at_most is 'dwell', expected another binary task",
+        ),
+        (
+            {
+                "buy": a_task(condition="dwell", debias=Debias.ips),
+                "dwell": TaskConfig(label="d", kind=TaskKind.regression),
+            },
+            "buy.condition is 'dwell', expected another binary task",
+        ),
+        (
+            {
+                "buy": a_task(condition="click", debias=Debias.ips),
+                "click": TaskConfig(label="click", negatives_kept=0.5),
+            },
+            "buy has debias ips, whose propensity is .* must be 1 on it and on click",
+        ),
+        (
+            {"buy": a_task(condition="click", debias=Debias.dr, positive_weight=2.0), "click": CLICK},
+            "must be 1 on it and on click",
+        ),
+        (
+            {"buy": a_task(condition="click", debias=Debias.dr, domains=["home"]), "click": CLICK},
+            "buy has debias dr .* give both the same",
+        ),
+    ],
+)
+def test_what_tasks_cannot_be_asked_together(tasks: dict[str, TaskConfig], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        with_tasks(tasks=tasks, domain=DOMAIN)
+
+
+def test_domains_of_a_task_need_domains() -> None:
+    with pytest.raises(ConfigError, match="data.tasks.buy.domains has 'home'; data.domain.names: valid: none"):
+        with_tasks(tasks={"buy": a_task(domains=["home"])})
+
+
+def test_tasks_that_can_be_asked_together() -> None:
+    home = {"domains": ["home", "search"]}
+    tasks = {
+        "click": TaskConfig(label="click", domains=["search", "home"]),
+        "buy": a_task(condition="click", debias=Debias.dr, at_most="click", **home),
+        "pay": a_task(product="click", debias=Debias.ips, **home),
+        "ctr": TaskConfig(label="p", teacher=True, align=1.0, domains=["search"]),
+    }
+    assert list(with_tasks(tasks=tasks, domain=DOMAIN).tasks) == list(tasks)
+    assert [task.given for task in tasks.values()] == [None, "click", "click", None]
+
+
+def test_truth_columns() -> None:
+    assert a_task().truth_columns == []
+    assert a_task(truth="true_click").truth_columns == ["true_click"]
+    assert a_task(truth="true_click *  a*b").truth_columns == ["true_click", "a*b"]

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from rec.id_world import HistoryWorld
 from rec.schema import ConfigError
 from rec.worlds import (
     LABELS,
@@ -13,6 +15,7 @@ from rec.worlds import (
     TaskPair,
     World,
     take,
+    take_ids,
 )
 
 ALL = list(LABELS)
@@ -49,6 +52,34 @@ def test_taken_rows_are_the_rows() -> None:
     taken = take(rows, torch.tensor([7, 2]))
     assert taken.num_rows == taken.sparse_features.stride() == 2
     assert torch.equal(taken.dense, rows.dense[[7, 2]]) and taken.row_id.tolist() == [7, 2]
+
+
+def test_taken_ids_are_the_rows_ids() -> None:
+    lists = {"a": [[5], [], [6, 7], [8]], "b": [[], [1, 2, 3], [4], []], "c": [[9], [9], [9], [10]]}
+    flat = [ids for rows in lists.values() for ids in rows]
+    every = KeyedJaggedTensor(
+        keys=list(lists),
+        values=torch.tensor([i for ids in flat for i in ids]),
+        lengths=torch.tensor([len(ids) for ids in flat], dtype=torch.int32),
+    )
+    for rows in ([2, 0, 0, 3], [1], []):
+        taken = take_ids(every, torch.tensor(rows, dtype=torch.int64))
+        assert taken.keys() == list(lists) and taken.stride() == len(rows)
+        for key, of_key in lists.items():
+            assert [ids.tolist() for ids in taken[key].to_dense()] == [of_key[row] for row in rows]
+
+
+def test_batches_of_a_world_with_ids_are_its_rows() -> None:
+    rows, start = HistoryWorld(0).rows(600, stream=0), 0
+    for low, high in ((0, 200), (550, 600)):
+        batch = take(rows, slice(low, high))
+        assert batch.num_rows == high - low and torch.equal(batch.labels, rows.labels[low:high])
+    for batch in HistoryWorld(0).batches(3, batch_size=200):
+        histories = rows.sparse_features["history"].to_dense()[start : start + 200]
+        assert [i.tolist() for i in batch.sparse_features["history"].to_dense()] == [i.tolist() for i in histories]
+        assert torch.equal(batch.row_id, rows.row_id[start : start + 200]) and batch.dense.shape == (200, 0)
+        torch.testing.assert_close(batch.truth, rows.truth[start : start + 200])
+        start += 200
 
 
 def test_purchases_follow_the_next_segment_s_clicks() -> None:
