@@ -12,6 +12,7 @@ columns, d network width, T tasks, N experts, H expert width.
     past          rows in time order -> what was known strictly before each
     raw           raw CSV files -> checked columns, or an error with file, line and value
     kuairand      raw files of KuaiRand-Pure -> impressions with histories and counters
+    census        raw files of Census-Income and Adult -> people
     prepare       a public data set's raw files -> Parquet
 
   read
@@ -75,7 +76,12 @@ columns, d network width, T tasks, N experts, H expert width.
     compare       run folders -> differences, within noise or not
     fuse          predictions of runs -> what a fusion of tasks buys and costs
     worlds        seed -> endless batches of a small world with known probabilities
-    claims        arms of the published claims, and how they are scored
+    id_world      seed -> batches with ids, histories and linear features
+    domain_world  seed -> batches of unequal domains, labelled by a teacher
+    arms          a network in a world -> what it comes to
+    claims        what studies of the MMoE paper and of Etsy compare
+    claims_features  of Taobao and AppS
+    claims_domains  of MTMD
     study         a claim -> a table over worlds
     doctor        this machine -> findings and remedies
 """

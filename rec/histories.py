@@ -98,8 +98,8 @@ class MeanPooling(nn.Module):
 class DIN(nn.Module):
     """v_U = sum_j a(e_j, v) e_j, with a = MLP([v, e_j, v - e_j, v * e_j]) (Zhou et al., KDD 2018, equation 3).
 
-    The unit's input is section 4.3's, as the paper's own code has it: both vectors, their difference and their product. With
-    `softmax`, a_j becomes exp(a_j) / sum_k exp(a_k) over the filled places, which the paper leaves out on purpose: the sum of the
+    The unit's input is that of the paper's own code: both vectors, their difference and their product by element. With `softmax`,
+    a_j becomes exp(a_j) / sum_k exp(a_k) over the filled places, which the paper leaves out on purpose: the sum of the
     weights is to tell how strong an interest is.
 
     Args:

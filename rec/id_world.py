@@ -301,7 +301,7 @@ class HistoryWorld(HopWorld):
     Args:
         seed: of the functions and of all rows, >= 0.
         hops: and the tasks on them.
-        strengths: of the logit's parts. Relevance is the same in all hops; effects of items and segments are `hops.alike`.
+        strengths: of the logit's parts. Relevance is the same in all hops; effects of items and segments correlate by `hops.alike`.
         candidate_dependent: the relevance depends on the candidate.
         max_length: items of the longest history, at least 1; other lengths are as likely.
         empty: share of rows without a history, 0 to 0.99.
@@ -367,7 +367,7 @@ class HistoryWorld(HopWorld):
             values, reduce = (positions * candidates).sum(dim=1), "max"
         else:
             values, reduce = positions @ self.direction, "mean"
-        return torch.segment_reduce(values, reduce, lengths=lengths, unsafe=True).where(lengths > 0, 0.0)
+        return torch.segment_reduce(values, reduce, lengths=lengths).where(lengths > 0, 0.0)
 
     def signal(self, inputs: Inputs) -> Tensor:
         """[B, T], see `HopWorld`."""

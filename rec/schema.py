@@ -238,6 +238,7 @@ class DataConfig:
     features: dict[str, FeatureConfig] = field(default_factory=dict)
     tables: dict[str, TableConfig] = field(default_factory=dict)
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    leave_out: list[str] = field(default_factory=list)  # features that the network does not get
     learn: list[str] | None = None  # the tasks to train, in this order; null: all of them
     domain: DomainConfig | None = None
     group: str | None = None  # column of the group for group AUC (the query, the user): integers or strings
@@ -248,6 +249,7 @@ class DataConfig:
             raise ConfigError(
                 f"data set '{self.name}' has {len(self.features)} features and {len(self.tasks)} tasks: describe at least one of each"
             )
+        self._leave_out()
         for name, feature in self.features.items():
             if feature.kind in SPARSE_KINDS:
                 table = self.table_of(name)
@@ -269,6 +271,17 @@ class DataConfig:
             raise ConfigError(
                 f"data.tables {sorted(unread)}: no feature reads them; remove them or name them in a feature's table"
             )
+
+    def _leave_out(self) -> None:
+        """Drop the features in `leave_out`, and the tables that only they read."""
+        for name in self.leave_out:
+            if name not in self.features:
+                raise ConfigError(f"data.leave_out has '{name}'; {nearest(name, self.features)}")
+        dropped = {self.table_of(name) for name in self.leave_out}
+        self.features = {name: f for name, f in self.features.items() if name not in self.leave_out}
+        kept = {self.table_of(name) for name in self.sparse_features}
+        self.tables = {name: table for name, table in self.tables.items() if name in kept or name not in dropped}
+        self.leave_out = []  # done: the configuration of a run describes what is left
 
     def _choose_tasks(self) -> None:
         """Leave only the tasks in `learn`."""

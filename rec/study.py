@@ -26,10 +26,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from rec.claims import STUDIES, Lines, build, num_parameters, run_arm
+from rec import claims, claims_domains, claims_features
+from rec.arms import Lines, build, num_parameters, run_arm
 from rec.intervals import paired_t
 from rec.report import as_text, cell
 from rec.schema import ConfigError, check_range
+
+STUDIES = claims.STUDIES | claims_features.STUDIES | claims_domains.STUDIES
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ def take(batch: Batch, rows: slice | Tensor, sparse_features: KeyedJaggedTensor 
     parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
     chosen = {name: part[rows] if isinstance(part, Tensor) else part for name, part in parts.items()}
     if sparse_features is None:
-        sparse_features = take_ids(batch.sparse_features, torch.arange(len(batch.row_id))[rows])
+        places = rows if isinstance(rows, Tensor) else torch.arange(len(batch.row_id))[rows]
+        sparse_features = take_ids(batch.sparse_features, places)
     return Batch(**{**chosen, "sparse_features": sparse_features, "num_rows": len(chosen["row_id"])})
 
 

@@ -5,10 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from rec import claims
-from rec.claims import (
-    MIXED,
-    STUDIES,
+from rec import arms
+from rec.arms import (
     Arm,
     Trained,
     build,
@@ -20,6 +18,7 @@ from rec.claims import (
     score_regression,
     train,
 )
+from rec.claims import MIXED, STUDIES
 from rec.experts import MMoEConfig, SharedBottomConfig
 from rec.losses import MultitaskLoss
 from rec.worlds import EVERYWHERE, SegmentWorld, TaskPair
@@ -97,7 +96,7 @@ def test_collapse_starts_from_the_same_steep_gates_in_every_arm() -> None:
 
 def test_few_rows_are_seen_once_an_epoch() -> None:
     study = replace(STUDIES["experts_sparse"], train_rows=100, batch_size=30)
-    batches = list(islice(claims._batches(study, SegmentWorld(0), 8), 8))
+    batches = list(islice(arms._batches(study, SegmentWorld(0), 8), 8))
     assert [batch.num_rows for batch in batches] == [30, 30, 30, 10] * 2
     first, second = (torch.cat([batch.row_id for batch in part]) for part in (batches[:4], batches[4:]))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100)) and not torch.equal(first, second)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rec import claims
+from rec import arms, claims
 from rec.study import Result, caption, main, make_table, run_study
 
 
 @pytest.fixture
 def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "EVALUATION_ROWS", 2000)
+    monkeypatch.setattr(arms, "EVALUATION_ROWS", 2000)
 
 
 @pytest.mark.usefixtures("_few_rows")
