@@ -39,6 +39,7 @@ class CheckpointConfig:
 
     resume: Resume = Resume.auto
     every_steps: int | None = None  # steps; besides, one is written at the end; null: only there
+    warm_start: str | None = None  # a checkpoint's folder: its weights are what a new run starts from
     keep_last: int = 2  # newest checkpoints that stay, at least 1
     keep_best: int = 1  # best checkpoints that stay beside them, by trainer.monitor; 0 or more
 

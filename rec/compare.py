@@ -33,10 +33,10 @@ from rec.report import as_text
 from rec.schema import ConfigError, check_range, nearest
 
 METRICS = {
-    "binary": ("auc", "expected_auc", "pr_auc", "gauc", "logloss", "ne", "calibration", "ece", "field_ece"),
+    "binary": ("auc", "expected_auc", "pr_auc", "gauc", "logloss", "ne", "calibration", "ece", "field_ece", "log_mae"),
     "regression": ("mae", "rmse", "calibration"),
 }
-DEFAULT_METRICS = ("auc", "expected_auc", "ne", "calibration", "ece", "mae", "rmse")
+DEFAULT_METRICS = ("auc", "expected_auc", "ne", "calibration", "ece", "log_mae", "mae", "rmse")
 HIGHER_IS_BETTER = ("auc", "expected_auc", "pr_auc", "gauc")
 DELONG = "DeLong's test"
 
@@ -104,6 +104,9 @@ def metrics_of(part: Slice, settings: Settings) -> list[str]:
     """Those of the settings that the task has."""
     absent = {"expected_auc": part.rows[0].truth is None, "gauc": part.rows[0].groups is None}
     absent |= {"field_ece": part.domain is not None}  # within a domain it is the ECE
+    if part.kind == "binary":
+        labels = part.rows[0].labels
+        absent["log_mae"] = not ((labels > 0) & (labels < 1)).any()
     return [name for name in settings.metrics if name in METRICS[part.kind] and not absent.get(name)]
 
 

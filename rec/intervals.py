@@ -229,12 +229,13 @@ class CurveMeasure:
 
 
 class BinaryMeasure:
-    """Metrics of a binary task, of drawn rows: those of `rec.curves`, and two more.
+    """Metrics of a binary task, of drawn rows: those of `rec.curves`, and three more.
 
     - `expected_auc`: AUC with the true probability as a soft label, among the rows where it is known. It is what `auc`
       comes to with endless labels, so it has none of their noise.
     - `field_ece`: mean over domains, weighted by their weight, of the ECE within the domain; 0 is ideal. The ECE of all
       rows hides domains that err in opposite directions.
+    - `log_mae`: mean of |log p - log label| over rows with a label between 0 and 1, which is a teacher's; 0 is ideal.
 
     Rows of a group are drawn together, so a group counts for `gauc` as often as its first row.
 
@@ -257,6 +258,8 @@ class BinaryMeasure:
             self.extras["field_ece"] = _field_ece_measure(rows, ece_bins=ece_bins)
         if "expected_auc" in metrics and rows.truth is not None:
             self.extras["expected_auc"] = _expected_auc_measure(rows)
+        if "log_mae" in metrics:
+            self.extras["log_mae"] = _log_mae_measure(rows)
 
     def __call__(self, counts: Array) -> list[float | int | None]:
         """The metrics, in the order of `metrics`, of rows that were drawn `counts` [R] times."""
@@ -283,7 +286,8 @@ def _group_auc_measure(rows: TaskRows) -> Callable[[Array], float | None]:
 
 
 def _field_ece_measure(rows: TaskRows, *, ece_bins: int) -> Callable[[Array], float | None]:
-    fields = [np.flatnonzero(rows.domain_id == domain) for domain in np.unique(rows.domain_id)]
+    known = [domain for domain in np.unique(rows.domain_id) if domain >= 0]
+    fields = [np.flatnonzero(rows.domain_id == domain) for domain in known]
     within = [rows.select(field) for field in fields]
     curves = [CurveMeasure(part.scores, labels=part.labels, weights=part.weights) for part in within]
 
@@ -301,6 +305,19 @@ def _expected_auc_measure(rows: TaskRows) -> Callable[[Array], float | None]:
     known = ~np.isnan(rows.truth)
     curve = CurveMeasure(rows.scores, labels=np.where(known, rows.truth, 0), weights=rows.weights * known)
     return lambda counts: auc(curve(counts))
+
+
+def _log_mae_measure(rows: TaskRows) -> Callable[[Array], float | None]:
+    soft = (rows.labels > 0) & (rows.labels < 1)
+    log_p = np.maximum(-np.logaddexp(0, -rows.scores), np.log(1e-12))
+    errors = np.abs(log_p - np.log(np.where(soft, np.maximum(rows.labels, 1e-12), 1.0)))
+    weights = rows.weights * soft
+
+    def measure(counts: Array) -> float | None:
+        drawn = weights * counts
+        return float(drawn @ errors / drawn.sum()) if drawn.any() else None
+
+    return measure
 
 
 class RegressionMeasure:

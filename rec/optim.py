@@ -1,5 +1,6 @@
 """Two optimizers: one fused into the backward of the tables, one for the dense part, and one schedule over both."""
 
+import fnmatch
 import math
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,7 +12,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from rec.schema import ConfigError, check_range
+from rec.schema import ConfigError, check_range, nearest
 
 
 class SparseOptimizer(Enum):
@@ -113,6 +114,7 @@ class OptimConfig:
     sparse: SparseConfig = field(default_factory=SparseConfig)
     dense: DenseConfig = field(default_factory=DenseConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    freeze: list[str] = field(default_factory=list)  # patterns of parameters that are not trained, e.g. experts.shared*
 
 
 def fused_params(config: SparseConfig, device: torch.device) -> dict:
@@ -125,6 +127,29 @@ def fused_params(config: SparseConfig, device: torch.device) -> dict:
         names = ", ".join(kind.name for kind in _ON_CPU)
         raise ConfigError(f"optim.sparse.kind={config.kind.name} needs a GPU; on CPU FBGEMM has {names}")
     return {"optimizer": _FBGEMM[config.kind], "learning_rate": config.lr, "eps": config.eps}
+
+
+TABLES = "embeddings.*"  # the pattern of all tables, which are frozen together or not at all
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Mark the parameters that `patterns` match as not to be trained, before the model is spread over ranks.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or some tables and not all.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if pattern != TABLES and not fnmatch.filter(names, pattern):
+            parts = {name.rpartition(".")[0] + ".*" for name in names if not name.startswith("embeddings.")} | {TABLES}
+            raise ConfigError(f"optim.freeze has '{pattern}', which matches no parameter; {nearest(pattern, parts)}")
+        if pattern != TABLES and any(name.startswith("embeddings.") for name in fnmatch.filter(names, pattern)):
+            raise ConfigError(
+                f"optim.freeze has '{pattern}', which matches tables; they are frozen all at once: '{TABLES}'"
+            )
+    for name, parameter in model.named_parameters():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns if pattern != TABLES):
+            parameter.requires_grad_(False)
 
 
 class Optimizers:
@@ -140,7 +165,8 @@ class Optimizers:
         self, model: DistributedModelParallel, config: OptimConfig, *, more: dict[str, nn.Parameter] | None = None
     ) -> None:
         self.config = config
-        self.dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters())) | (more or {})
+        trained = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
+        self.dense_parameters = trained | (more or {})
         self.fused = model.fused_optimizer
         self.dense = KeyedOptimizerWrapper(self.dense_parameters, self._make_dense)
         self.combined = CombinedOptimizer([("sparse", self.fused), ("dense", self.dense)])
@@ -156,8 +182,9 @@ class Optimizers:
         """Multiply the configured learning rates by `factor` from the next step on."""
         for group in self.dense.param_groups:
             group["lr"] = self.config.dense.lr * factor
+        trained = 0.0 if TABLES in self.config.freeze else 1.0
         for group in self.fused.param_groups:
-            group["lr"] = self.config.sparse.lr * (factor if self.config.sparse.scheduled else 1.0)
+            group["lr"] = self.config.sparse.lr * (factor if self.config.sparse.scheduled else 1.0) * trained
 
     def zero_grad(self) -> None:
         """Forget the dense gradients, and hand the tables' learning rate to their fused backward."""

@@ -14,7 +14,8 @@ from typing import Any
 
 from rec.schema import ConfigError, nearest
 
-COLUMNS = ("auc", "pr_auc", "logloss", "ne", "calibration", "ece", "field_ece", "gauc", "gap_closed", "mae", "rmse")
+COLUMNS = ("auc", "pr_auc", "logloss", "ne", "calibration", "ece", "field_ece", "gauc", "gap_closed", "log_mae")
+COLUMNS += ("mae", "rmse")
 Lines = dict[str, dict[str, Any]]  # "task" or "task / domain" -> name of a metric -> its value, None without meaning
 
 

@@ -20,10 +20,11 @@ from rec.logs import RunLog
 from rec.metrics import MultitaskMetrics
 from rec.mixtures import GatedConfig
 from rec.model import Ranker
-from rec.optim import Optimizers
+from rec.optim import Optimizers, freeze
 from rec.schema import ConfigError
 from rec.sharding import describe_plan, shard
 from rec.trainer import Trainer
+from rec.warm_start import warm_start
 from rec.weighting import TaskWeighting, build_weighting
 
 ABOUT = """Train a multitask ranker, on one rank or under torchrun on many.
@@ -70,6 +71,7 @@ def build_model(
     """The sharded network and its optimizers; weights depend on the seed alone. Ranks wait for each other here."""
     torch.manual_seed(config.seed)
     model = Ranker(config.model, config.data, device=torch.device("meta"))
+    freeze(model, config.optim.freeze)
     sharded = shard(
         model,
         config.sharding,
@@ -95,6 +97,13 @@ def _train(config: Config, rank: Rank, log: RunLog) -> None:
         trainer.event("warning", message=f"{path} is damaged ({why}) and passed over")
         log.say(f"{path} is damaged ({why}) and passed over")
     resumed_from = _resume(config, trainer)
+    if config.checkpoint.warm_start and not resumed_from:
+        taken = warm_start(trainer.model, config, Path(config.checkpoint.warm_start))
+        said = f"{len(taken.whole)} weights taken from {config.checkpoint.warm_start}"
+        for state, names in (("grown", taken.grown), ("new", taken.new)):
+            said += f"; {state}: {', '.join(names)}" if names else ""
+        log.say(said)
+        trainer.event("warm_start", path=config.checkpoint.warm_start, grown=taken.grown, new=taken.new)
     if rank.is_main:  # not before: what is refused leaves the folder's configuration as it was
         configuration.save(config, run_dir / "config.yaml")
     _announce(config, rank, trainer, resumed_from)

@@ -114,7 +114,7 @@ def test_arms_learn() -> None:
 
 
 def test_one_platt_scaling_hides_what_one_a_placement_mends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "EVALUATION_ROWS", 20_000)
+    monkeypatch.setattr(arms, "EVALUATION_ROWS", 20_000)
     lines = run_arm(STUDIES["platt"], "MMoE", world=0, steps=60)
     raw, one, own = (lines[f"click / {name}"] for name in ("raw", "one Platt scaling", "one a placement"))
     assert own["field_ece"] < 0.4 * one["field_ece"] and own["logloss"] < one["logloss"]

@@ -3,8 +3,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
-from rec.optim import Decay, ScheduleConfig, SparseConfig, SparseOptimizer, fused_params
+from rec.optim import Decay, ScheduleConfig, SparseConfig, SparseOptimizer, freeze, fused_params
 from rec.schema import ConfigError
 
 
@@ -28,3 +29,28 @@ def test_an_optimizer_that_the_cpu_lacks_is_refused() -> None:
     ):
         fused_params(SparseConfig(kind=SparseOptimizer.adam), torch.device("cpu"))
     assert fused_params(SparseConfig(kind=SparseOptimizer.adam), torch.device("cuda"))["learning_rate"] == 0.02
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings, self.experts, self.towers = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+
+
+def test_patterns_freeze_what_they_match() -> None:
+    model = Small()
+    freeze(model, ["embeddings.*", "towers.b*"])
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["towers.bias"]  # the tables are frozen by their learning rate
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("expert.*", r"has 'expert.\*', which matches no parameter; did you mean 'experts.\*'"),
+        ("embeddings.w*", r"matches tables; they are frozen all at once: 'embeddings.\*'"),
+    ],
+)
+def test_patterns_that_match_nothing_or_some_tables_are_refused(pattern: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        freeze(Small(), [pattern])

@@ -1,0 +1,100 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rec.checkpoint import Checkpoints
+from rec.config import Config, compose, load
+from rec.schema import ConfigError
+from rec.warm_start import check_domains
+from tests.conftest import CONF, torchrun, toy_overrides
+from tests.test_train import events, weights
+
+TWO = ["towers=dot", "model.towers.item_features=[item,text]", "model.towers.item_layer_sizes=[8,6]", "experts=mtmd"]
+KNOWN = ["data.domain.names=[home]", "data.domain.allow_unknown=true", "data.tasks.click.domains=[home]"]
+FROZEN = [
+    "embeddings.*",
+    "experts.shared*",
+    "experts.task*",
+    "experts.fallback*",
+    "towers.bias",
+    "towers.t*",
+    "towers.i*",
+]
+STEPS = ["trainer.max_steps=6", "trainer.eval_split=null", "data.learn=[click]"]
+
+
+@pytest.fixture(scope="module")
+def runs(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one domain, one that adds a domain to it and trains only what is new, and one that only goes on from it."""
+    folder = tmp_path_factory.mktemp("warm")
+    start = f"checkpoint.warm_start={folder}/one/checkpoints/step_000000006"
+    quoted = "[" + ",".join(f'"{pattern}"' for pattern in FROZEN) + "]"
+    jobs = [
+        toy_overrides(toy, *TWO, *STEPS, *KNOWN, f"run_dir={folder}/one"),
+        toy_overrides(
+            toy,
+            *(*TWO, *STEPS, f"run_dir={folder}/two", start),
+            *("data.tasks.click.domains=[search]", f"optim.freeze={quoted}", "sharding.default=table_wise"),
+        ),
+        toy_overrides(
+            toy, *TWO, *STEPS, *KNOWN, f"run_dir={folder}/on", start, "optim.dense.lr=1e-12", "optim.sparse.lr=1e-12"
+        ),
+    ]
+    torchrun("tests/workers/train_worker.py", json.dumps(jobs), ranks=2)
+    return folder
+
+
+def of_model(run_dir: Path) -> dict[str, torch.Tensor]:
+    state = weights(run_dir)
+    return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+
+
+def test_weights_are_taken_over(runs: Path) -> None:
+    before, after = of_model(runs / "one"), of_model(runs / "on")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+    (event,) = events(runs / "on", "warm_start")
+    assert (event["grown"], event["new"]) == ([], [])
+
+
+def test_a_domain_is_added_and_nothing_else_changes(runs: Path) -> None:
+    before, after = of_model(runs / "one"), of_model(runs / "two")
+    (event,) = events(runs / "two", "warm_start")
+    assert event["new"] == []
+    changed = [name for name in before if name.startswith("embeddings.") and not torch.equal(before[name], after[name])]
+    assert not changed  # tables, the items' among them
+    grown = 0
+    for name in before:
+        old, new = before[name], after[name]
+        if old.shape != new.shape:
+            part = tuple(slice(size) for size in old.shape)
+            assert torch.equal(new[part], old), name
+            rest = new.clone()
+            rest[part] = 0
+            grown += rest.abs().sum().item() > 0
+        else:
+            assert torch.equal(new, old), name
+    assert grown == len(event["grown"]) >= 7
+
+
+def test_a_run_that_asks_for_none_has_none(runs: Path) -> None:
+    assert not events(runs / "one", "warm_start")
+
+
+def config_of(toy: Path, *changes: str) -> Config:
+    return compose(toy_overrides(toy, *TWO, *changes), config_dir=str(CONF))
+
+
+def test_other_domains_are_refused(runs: Path, toy: Path) -> None:
+    path = Checkpoints(runs / "one" / "checkpoints", load(runs / "one" / "config.yaml").checkpoint).find()
+    assert path is not None
+    check_domains(config_of(toy), path)
+    with pytest.raises(
+        ConfigError, match=r"knows the domains \['home'\], and data.domain.names is \['search', 'home'\]"
+    ):
+        check_domains(config_of(toy, "data.domain.names=[search,home]"), path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        check_domains(config_of(toy), path.parent)
