@@ -15,6 +15,7 @@ TWO = ["towers=dot", "model.towers.item_features=[item,text]", "model.towers.ite
 KNOWN = ["data.domain.names=[home]", "data.domain.allow_unknown=true", "data.tasks.click.domains=[home]"]
 FROZEN = [
     "embeddings.*",
+    "interaction.*",
     "experts.shared*",
     "experts.task*",
     "experts.fallback*",

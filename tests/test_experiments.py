@@ -1,0 +1,120 @@
+"""Every file of conf/experiment/ is trained on two real ranks, resumed, and trained again on one, on random rows of its own columns."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from rec.config import CONF
+from rec.schema import DataConfig, FeatureKind, TaskKind
+from tests.conftest import torchrun
+from tests.test_checkpoint import train
+from tests.test_train import events, weights
+from tests.workers.experiments_worker import BATCH, CUT, NUM_STEPS, small
+
+NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+NUM_ROWS = 3 * BATCH - 14  # three steps an epoch, the last of them not full; the fourth step is of the second epoch
+
+
+class RandomRows:
+    """Random columns that fit a data set's description.
+
+    A column may be several things at once: an id is below the sizes of all tables that read it, and of the list of domains.
+    """
+
+    def __init__(self, data: DataConfig, num_rows: int, *, seed: int) -> None:
+        self.data = data
+        self.num_rows = num_rows
+        self.rng = np.random.default_rng(seed)
+
+    def table(self) -> pa.Table:
+        columns = {self.data.column_of(name): self._feature(name) for name in self.data.features}
+        if self.data.domain and self.data.domain.column not in columns:
+            columns[self.data.domain.column] = pa.array(self.rng.integers(0, len(self.data.domains), self.num_rows))
+        if self.data.group and self.data.group not in columns:
+            columns[self.data.group] = pa.array(self.rng.integers(0, 5, self.num_rows))
+        return pa.table({**columns, **self._floats()})
+
+    def _feature(self, name: str) -> pa.Array:
+        feature = self.data.features[name]
+        if feature.kind is FeatureKind.dense:
+            return pa.array(self.rng.normal(size=self.num_rows).astype(np.float32))
+        if feature.kind is FeatureKind.vector:
+            values = self.rng.normal(size=self.num_rows * feature.size).astype(np.float32)
+            return pa.FixedSizeListArray.from_arrays(pa.array(values), feature.size)
+        if feature.kind is FeatureKind.id:
+            return pa.array(self._ids(name, self.num_rows))
+        ends = np.cumsum(self.rng.integers(0, 6, self.num_rows))
+        return pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), pa.array(self._ids(name, ends[-1])))
+
+    def _ids(self, name: str, num: int) -> np.ndarray:
+        column = self.data.column_of(name)
+        readers = [n for n in self.data.sparse_features if self.data.column_of(n) == column]
+        plain = [self.data.table_of(n) for n in readers if not self.data.features[n].hashed]
+        limits = [self.data.tables[table].num_embeddings for table in plain]
+        if self.data.domain and self.data.domain.column == column and not self.data.domain.allow_unknown:
+            limits.append(len(self.data.domains))
+        return self.rng.integers(0, min(limits, default=2**62), num)
+
+    def _floats(self) -> dict[str, np.ndarray]:
+        """Labels, true probabilities, weights."""
+        found = {task.label: self._label(name) for name, task in self.data.tasks.items()}
+        for task in self.data.tasks.values():
+            found |= {column: self.rng.random(self.num_rows) for column in task.truth_columns}
+        own = [self.data.weight, *(task.weight for task in self.data.tasks.values())]
+        return found | {column: self.rng.random(self.num_rows) for column in own if column}
+
+    def _label(self, name: str) -> np.ndarray:
+        task = self.data.tasks[name]
+        if task.kind is TaskKind.regression:
+            return self.rng.exponential(3, self.num_rows)
+        return self.rng.random(self.num_rows) if task.teacher else self.rng.integers(0, 2, self.num_rows)
+
+
+def write_rows(data: DataConfig) -> None:
+    """A train and an evaluation split at the place that the description names."""
+    for seed, split in enumerate(("train", "valid", "test")):
+        folder = Path(data.path) / data.splits[split]
+        folder.mkdir(parents=True)
+        rows = RandomRows(data, NUM_ROWS, seed=seed).table()
+        pq.write_table(rows, folder / "part-0.parquet", row_group_size=40)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of every experiment's run on two ranks, and of its rows, in data/."""
+    folder = tmp_path_factory.mktemp("experiments")
+    for name in NAMES:
+        write_rows(small(name, folder / "data" / name, folder / name).data)
+    torchrun("tests/workers/experiments_worker.py", str(folder), *NAMES)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestEveryExperiment:
+    """Sharded = one device is asserted where the ranks are, in the worker."""
+
+    def test_trains(self, runs: Path, name: str) -> None:
+        losses = [event["losses"] for event in events(runs / name, "train")]
+        config = small(name, runs / "data" / name, runs / name)
+        assert len(losses) == NUM_STEPS + (NUM_STEPS - CUT)
+        for step in losses:
+            assert step.keys() == config.data.tasks.keys()
+            assert all(value is not None and np.isfinite(value) for value in step.values())
+
+    def test_resumed_run_ends_as_the_whole_one(self, runs: Path, name: str) -> None:
+        assert [event["step"] for event in events(runs / name, "start")] == [0, CUT]
+        whole, resumed = weights(runs / name / "whole"), weights(runs / name)
+        assert whole.keys() == resumed.keys()
+        for key, value in whole.items():
+            assert torch.equal(resumed[key], value), key
+
+    def test_one_rank_ends_as_two(self, runs: Path, name: str, tmp_path: Path) -> None:
+        train(small(name, runs / "data" / name, tmp_path))
+        one, two = weights(tmp_path), weights(runs / name)
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            np.testing.assert_allclose(two[key].numpy(), value.numpy(), rtol=1e-3, atol=2e-5, err_msg=key)
