@@ -81,6 +81,35 @@ def make_table(runs: Sequence[Lines], baselines: Sequence[Lines]) -> list[list[s
     return table
 
 
+def group_table(groups: dict[str, Sequence[Lines]], *, main: str, metric: str = "auc") -> list[list[str]]:
+    """Cells of a table of groups of runs, its head first: of the main task the best run and the mean, of others mean and at the best.
+
+    As the MMoE paper reports its census study (Ma et al., KDD 2018, tables 1 and 2).
+
+    Args:
+        groups: name -> runs.
+        main: the task that says which run is best.
+        metric: one of `COLUMNS`; higher is better.
+
+    Raises:
+        ConfigError: a run without the main task or without its metric.
+    """
+    others = list(dict.fromkeys(task for runs in groups.values() for lines in runs for task in lines if task != main))
+    head = ["", f"{main}, best", "mean", *(cell for task in others for cell in (f"{task}, mean", "at the best"))]
+    table = [head]
+    for name, runs in groups.items():
+        values = [lines.get(main, {}).get(metric) for lines in runs]
+        if any(value is None for value in values):
+            raise ConfigError(f"a run of group '{name}' has no {metric} of task '{main}'; {nearest(main, runs[0])}")
+        best = max(range(len(runs)), key=lambda run: values[run])
+        row = [name, cell([values[best]]), cell(values)]
+        for task in others:
+            theirs = [lines.get(task, {}).get(metric) for lines in runs]
+            row += [cell(theirs), cell([theirs[best]])]
+        table.append(row)
+    return table
+
+
 def cell(values: Sequence[float | None]) -> str:
     """Mean and, from two on, sample standard deviation of the values with a meaning; over how many, if not all.
 
@@ -124,7 +153,11 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     about = "Print what runs reached on a split: a line a task, mean and standard deviation over runs."
     p = argparse.ArgumentParser(prog="python -m rec.report", description=about)
-    p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, the run_dir of rec.train")
+    p.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folder of a run, the run_dir of rec.train")
+    p.add_argument(
+        "--group", nargs="+", action="append", default=[], metavar=("NAME", "RUN"), help="several seeds of one setting"
+    )
+    p.add_argument("--main", metavar="TASK", help="with --group: the task whose AUC says which run is best")
     p.add_argument("--split", help="default: test if it was evaluated, else the last that was")
     p.add_argument("--baseline", type=Path, action="append", default=[], metavar="FILE", help="of rec.baseline --json")
     p.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -136,6 +169,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = parser().parse_intermixed_args(argv)
     try:
+        if args.group:
+            return print(_grouped(args))
+        if not args.runs:
+            raise ConfigError("no run is named; expected folders of runs, or --group NAME RUN ... --main TASK")
         events = [read_evaluation(run, split=args.split) for run in args.runs]
         check_alike(args.runs, events)
         baselines = [read_baseline(file) for file in args.baseline]
@@ -143,6 +180,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
     table = make_table([lines_of(event, domains=args.domains) for event in events], baselines)
     print(caption(args.runs, events, baselines), as_text(table, markdown=args.markdown), sep="\n\n")
+
+
+def _grouped(args: argparse.Namespace) -> str:
+    """The table of groups, and what it shows."""
+    if args.runs or not args.main:
+        raise ConfigError("--group NAME RUN ... needs --main TASK, and every run belongs to a group")
+    groups, counts = {}, set()
+    for name, *runs in args.group:
+        events = [read_evaluation(Path(run), split=args.split) for run in runs]
+        check_alike(list(map(Path, runs)), events)
+        groups[name] = [lines_of(event, domains=False) for event in events]
+        counts.add(len(runs))
+    over = " or ".join(map(str, sorted(counts)))
+    said = f"AUC on {events[0]['split']}: best of {over} runs, mean ± sample standard deviation; best by {args.main}."
+    return f"{said}\n\n{as_text(group_table(groups, main=args.main), markdown=args.markdown)}"
 
 
 if __name__ == "__main__":

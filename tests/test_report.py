@@ -22,7 +22,7 @@ def evaluation(split: str, aucs: dict[str, float | None], *, step: int = 90, **m
 
 
 def write_run(folder: Path, *events: dict[str, Any]) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(event) for event in ({"event": "start", "step": 0, "rows": 0}, *events)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -139,3 +139,27 @@ def test_what_cannot_be_reported_is_named(runs: list[str], tmp_path: Path) -> No
         report.main([runs[0], "--baseline", str(tmp_path / "missing.json")])
     with pytest.raises(SystemExit, match=r"--baseline .*metrics\.jsonl: .*rec\.baseline --json"):
         report.main([runs[0], "--baseline", f"{runs[1]}/metrics.jsonl"])
+
+
+def test_groups_of_runs_have_a_best_and_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    aucs = {"mmoe": [(0.7, 0.9), (0.8, 0.6)], "alone": [(0.75, None), (0.65, None)]}
+    groups = []
+    for name, runs in aucs.items():
+        folders = []
+        for number, (income, married) in enumerate(runs):
+            tasks = {"income": income} if married is None else {"income": income, "married": married}
+            folders.append(str(write_run(tmp_path / name / str(number), evaluation("test", tasks))))
+        groups += ["--group", name, *folders]
+    report.main([*groups, "--main", "income", "--markdown"])
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    assert lines[0] == ["", "income, best", "mean", "married, mean", "at the best"]
+    assert lines[2] == ["mmoe", "0.8000", "0.7500 ± 0.0707", "0.7500 ± 0.2121", "0.6000"]
+    assert lines[3] == ["alone", "0.7500", "0.7000 ± 0.0707", "-", "-"]
+    with pytest.raises(SystemExit, match="no auc of task 'incme'; did you mean 'income'"):
+        report.main([*groups, "--main", "incme"])
+    with pytest.raises(SystemExit, match="needs --main TASK"):
+        report.main(groups)
+    with pytest.raises(SystemExit, match="no run is named"):
+        report.main([])
