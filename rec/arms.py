@@ -67,7 +67,7 @@ class Study:
     num_worlds: int = 5
     lr: float = 3e-3  # of Adam
     train_rows: int | None = None  # epochs over as many rows; None: fresh rows in every step
-    lower_is_better: bool = False
+    lower_is_better: tuple[str, ...] = ()  # measures of which less is better
     lowest: bool = False  # also show the lowest value over worlds
 
 
@@ -134,7 +134,7 @@ def _batches(study: Study, world: World, steps: int) -> Iterator[Batch]:
 
 def expected_aucs(trained: Trained) -> Scores:
     """AUC of click and purchase with true probabilities as labels; of a task given a click, rows weigh their chance of one."""
-    return {task: _expected_auc(rows) for task, rows in _soft_rows(trained, trained.outputs.logits.numpy()).items()}
+    return {task: expected_auc(rows) for task, rows in _soft_rows(trained, trained.outputs.logits.numpy()).items()}
 
 
 def gate_measures(trained: Trained) -> Scores:
@@ -182,20 +182,22 @@ def _calibration_lines(trained: Trained, logits: np.ndarray) -> Lines:
 
 def _calibration(rows: TaskRows, domains: Sequence[str]) -> Scores:
     names = ("logloss", "ece", "field_ece")
-    values = _measure(rows, *names)
+    values = measure(rows, *names)
     for place, domain in enumerate(domains):
         within = rows.select(rows.domain_id == place)
-        values |= {f"calibration {domain}": _measure(within, "calibration")["calibration"]}
-        values |= {f"auc {domain}": _expected_auc(within)}
+        values |= {f"calibration {domain}": measure(within, "calibration")["calibration"]}
+        values |= {f"auc {domain}": expected_auc(within)}
     return values
 
 
-def _measure(rows: TaskRows, *metrics: str) -> Scores:
+def measure(rows: TaskRows, *metrics: str) -> Scores:
+    """Metrics of `rec.curves` by name; NaN where one has no meaning."""
     values = BinaryMeasure(rows, metrics=metrics)(np.ones(len(rows.scores)))
     return {name: float("nan") if value is None else value for name, value in zip(metrics, values, strict=True)}
 
 
-def _expected_auc(rows: TaskRows) -> float:
+def expected_auc(rows: TaskRows) -> float:
+    """AUC with the labels, true probabilities, as shares of positives; NaN where it has no meaning."""
     area = auc(exact_curve(rows.scores, labels=rows.labels, weights=rows.weights))
     return float("nan") if area is None else area
 

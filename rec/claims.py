@@ -91,13 +91,14 @@ def _paper_arms() -> dict[str, Arm]:
 
 
 _RANKED = ("click", "purchase")
+_CALIBRATED = ("logloss", "ece", "field_ece")
 STUDIES = {
     "experts": Study(_experts_arms, score_ranking, _RANKED, steps=4000),
     "experts_sparse": Study(partial(_experts_arms, True), score_ranking, _RANKED, steps=588, train_rows=400_000),
     "collapse": Study(_collapse_arms, score_ranking, _RANKED, steps=2000),
     "auxiliary": Study(_auxiliary_arms, score_ranking, _RANKED, steps=1500),
     "auxiliary_sparse": Study(partial(_auxiliary_arms, True), score_ranking, _RANKED, steps=588, train_rows=400_000),
-    "platt": Study(_platt_arms, score_platt, ("logloss", "ece", "field_ece"), steps=2000, lower_is_better=True),
+    "platt": Study(_platt_arms, score_platt, _CALIBRATED, steps=2000, lower_is_better=_CALIBRATED),
     "mmoe_paper": Study(
         _paper_arms,
         score_regression,
@@ -106,7 +107,7 @@ STUDIES = {
         batch_size=128,
         lr=1e-3,
         num_worlds=10,
-        lower_is_better=True,
+        lower_is_better=("mse",),
         lowest=True,
     ),
 }

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from rec.features import Batch
-from rec.schema import ConfigError, DataConfig, FeatureConfig, FeatureKind, TableConfig, TaskConfig, check_range
+from rec.schema import ConfigError, DataConfig, Debias, FeatureConfig, FeatureKind, TableConfig, TaskConfig, check_range
 from rec.worlds import CALIBRATION_ROWS, World, find_intercept, make_batch, make_generator
 
 HOPS = ("click", "second_click", "order")
@@ -42,6 +42,7 @@ class Hops:
         rates: mean chance of a hop given the one before, above 0 and below 1; those beyond `num` are left aside.
         alike: correlation, 0 to 1, of what a later hop depends on with what the click depends on.
         loss_weights: of the tasks; those beyond `num` are left aside.
+        debias: of the tasks after the first, which must not be direct.
     """
 
     num: int = 2
@@ -49,6 +50,7 @@ class Hops:
     rates: tuple[float, ...] = (0.2, 0.3, 0.3)
     alike: float = 0.6
     loss_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+    debias: Debias = Debias.none
 
     def __post_init__(self) -> None:
         check_range("num of a world's hops", self.num, 1, len(HOPS))
@@ -72,6 +74,7 @@ class Hops:
             loss_weight=self.loss_weights[hop],
             condition=before if self.form is TaskForm.conditional else None,
             product=before if self.form is TaskForm.entire else None,
+            debias=self.debias if hop else Debias.none,
         )
 
     def mix(self, effects: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def _cells(result: Result, line: str, reference: str, measure: str) -> list[str]
     differences = np.subtract(values, result.lines[reference][measure])
     interval = paired_t(differences.tolist())
     spread = f" [{interval.low:+.4f}, {interval.high:+.4f}]" if interval else ""
-    better = int((differences < 0 if study.lower_is_better else differences > 0).sum())
+    better = int((differences < 0 if measure in study.lower_is_better else differences > 0).sum())
     return [cell(values), *lowest, f"{differences.mean():+.4f}{spread}", f"{better} of {len(values)}"]
 
 

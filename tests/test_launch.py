@@ -282,11 +282,11 @@ class TestStudy:
         calls = installed.calls()
         experiments = [p.stem for p in sorted((ROOT / "conf" / "experiment").glob("etsy_*.yaml"))]
         for seed in ("0", "7"):
-            assert f"-m rec.simulate --out data/etsy/{seed} --rows 1000 --seed {seed}" in calls
+            assert f"-m rec.simulate --out data/worlds/{seed} --rows 1000 --seed {seed}" in calls
             for name in experiments:
                 folder = f"run_dir=out/etsy/{name}/{seed}"
                 (trained,) = (i for i, call in enumerate(calls) if "rec.train" in call and f"{folder} " in call)
-                assert f"seed={seed} {folder} experiment={name} data.path=data/etsy/{seed} " in calls[trained]
+                assert f"seed={seed} {folder} experiment={name} data.path=data/worlds/{seed} " in calls[trained]
                 assert calls[trained].endswith("optim.dense.lr=0.1 OMP=1")
                 assert calls[trained + 1].endswith(f"rec.evaluate {folder} predictions=true OMP=1")
         assert len(calls) == 2 + 2 * 2 * len(experiments) + 2
@@ -315,9 +315,11 @@ class TestStudy:
     @pytest.mark.parametrize(
         ("arguments", "code", "said"),
         [
-            ([], 1, "name a study, etsy or kuairand"),
+            ([], 1, "name a study, e.g. etsy"),
             (["esty"], 2, "study 'esty' is not known"),
-            (["kuairand"], 1, "set RAW"),
+            (["kuairand"], 2, "set RAW"),
+            (["census"], 2, "set RAW"),
+            (["apss"], 2, "names them: etsy taobao apps mtmd kuairand kuairand_din kuairand_tabs census | adult"),
         ],
     )
     def test_bad_arguments(self, installed, arguments, code, said):
