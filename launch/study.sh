@@ -180,13 +180,13 @@ census | adult)
         arms=(
             [single_task]="experts=shared_bottom data.learn=[$main]" [shared_bottom]="experts=shared_bottom"
             [l2_constrained]="experts=separate model.experts.l2_constraint=0.001" [cross_stitch]="experts=cross_stitch"
-            [omoe]="experts=omoe model.experts.num_experts=8" [mmoe]="experts=mmoe model.experts.num_experts=8"
+            [omoe]="experts=omoe model.experts.num_experts=8" [mmoe]="experts=mmoe_paper"
             [ple]="experts=cgc model.experts.num_shared_experts=2 model.experts.num_task_experts=3"
         )
         groups=()
         for name in "${names[@]}"; do # as many dense weights as MMoE
             # shellcheck disable=SC2086
-            width=$("$python" -m rec.widen experiment=census_$pair data="$study" ${arms[$name]} --like experiment=census_$pair data="$study")
+            width=$("$python" -m rec.widen experiment=census_$pair data="$study" ${arms[$name]} model.experts.layer_sizes=[16] --like experiment=census_$pair data="$study")
             for seed in "${seeds[@]}"; do
                 # shellcheck disable=SC2086
                 train_and_score "${pair}_$name" "$seed" experiment=census_$pair data="$study" ${arms[$name]} "$width"

@@ -1,5 +1,10 @@
 """Every file of conf/experiment/ is trained on two real ranks, resumed, and trained again on one, on random rows of its own columns."""
 
+import pickle
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rec.config import CONF
+from rec.config import CONF, Config
+from rec.distributed import Rank, process_group
 from rec.schema import DataConfig, FeatureKind, TaskKind
+from rec.train import train
 from tests.conftest import torchrun
-from tests.test_checkpoint import train
+from tests.test_checkpoint import one_process
 from tests.test_train import events, weights
 from tests.workers.experiments_worker import BATCH, CUT, NUM_STEPS, small
 
@@ -84,37 +91,55 @@ def write_rows(data: DataConfig) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of every experiment's run on two ranks, and of its rows, in data/."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
+    """Every experiment, trained on two ranks in its `run_dir`."""
     folder = tmp_path_factory.mktemp("experiments")
-    for name in NAMES:
-        write_rows(small(name, folder / "data" / name, folder / name).data)
-    torchrun("tests/workers/experiments_worker.py", str(folder), *NAMES)
-    return folder
+    configs = {name: small(name, folder) for name in NAMES}
+    for config in configs.values():
+        write_rows(config.data)
+    (folder / "configs").write_bytes(pickle.dumps(list(configs.values())))
+    torchrun("tests/workers/experiments_worker.py", str(folder / "configs"))
+    return configs
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Rank]:
+    """A process group of this process."""
+    with one_process(), process_group() as rank:
+        yield rank
 
 
 @pytest.mark.parametrize("name", NAMES)
 class TestEveryExperiment:
-    """Sharded = one device is asserted where the ranks are, in the worker."""
+    """That the sharded network gives the logits of the one-device network is asserted in the worker, where the ranks are."""
 
-    def test_trains(self, runs: Path, name: str) -> None:
-        losses = [event["losses"] for event in events(runs / name, "train")]
-        config = small(name, runs / "data" / name, runs / name)
+    def test_every_task_has_a_loss_in_every_step(self, runs: dict[str, Config], name: str) -> None:
+        config = runs[name]
+        losses = [event["losses"] for event in events(Path(config.run_dir), "train")]
         assert len(losses) == NUM_STEPS + (NUM_STEPS - CUT)
         for step in losses:
             assert step.keys() == config.data.tasks.keys()
             assert all(value is not None and np.isfinite(value) for value in step.values())
 
-    def test_resumed_run_ends_as_the_whole_one(self, runs: Path, name: str) -> None:
-        assert [event["step"] for event in events(runs / name, "start")] == [0, CUT]
-        whole, resumed = weights(runs / name / "whole"), weights(runs / name)
+    def test_resumed_run_ends_as_the_whole_one(self, runs: dict[str, Config], name: str) -> None:
+        run_dir = Path(runs[name].run_dir)
+        assert [event["step"] for event in events(run_dir, "start")] == [0, CUT]
+        whole, resumed = weights(run_dir / "whole"), weights(run_dir)
         assert whole.keys() == resumed.keys()
         for key, value in whole.items():
             assert torch.equal(resumed[key], value), key
 
-    def test_one_rank_ends_as_two(self, runs: Path, name: str, tmp_path: Path) -> None:
-        train(small(name, runs / "data" / name, tmp_path))
-        one, two = weights(tmp_path), weights(runs / name)
+    def test_one_rank_ends_as_two_and_nothing_but_what_is_frozen_stood_still(
+        self, runs: dict[str, Config], alone: Rank, name: str, tmp_path: Path
+    ) -> None:
+        config = runs[name]
+        train(replace(config, run_dir=str(tmp_path), trainer=replace(config.trainer, eval_split=None)), alone)
+        one, two = weights(tmp_path), weights(Path(config.run_dir))
         assert one.keys() == two.keys()
         for key, value in one.items():
             np.testing.assert_allclose(two[key].numpy(), value.numpy(), rtol=1e-3, atol=2e-5, err_msg=key)
+        shutil.rmtree(tmp_path / "checkpoints" / f"step_{NUM_STEPS:09d}")
+        before = weights(tmp_path)
+        names = {key: key.removeprefix("model.") for key in one if key.startswith("model.")}
+        still = {key for key in names if torch.equal(one[key], before[key])}
+        assert still == {key for key in names if any(fnmatch(names[key], p) for p in config.optim.freeze)}

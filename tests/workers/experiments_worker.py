@@ -1,10 +1,12 @@
-"""Every experiment, small, in one process group: `torchrun ... experiments_worker.py FOLDER NAME...`.
+"""Every experiment, small, in one process group: `torchrun ... experiments_worker.py CONFIGS`, a pickled list of them.
 
-Compared with the one-device network, trained, then cut back to its first checkpoint and gone on with.
+Compared with the one-device network, trained, then cut back to its checkpoint of step `CUT` and gone on with.
 """
 
+import pickle
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,17 +16,17 @@ from rec.distributed import Rank, process_group, run_entry
 from rec.train import train
 from tests.workers.sharding_worker import compare
 
-NUM_STEPS, CUT, BATCH = 4, 2, 35  # ranks of a pair serve 17 and 18 rows of a step
+NUM_STEPS, CUT, BATCH = 4, 2, 35  # of two ranks, one serves 17 rows of a step and the other 18
 MAX_IDS = 300  # rows of a table
 
 
-def small(name: str, data: Path, run_dir: Path) -> Config:
-    """The experiment as it is, on tables of at most `MAX_IDS` rows and for `NUM_STEPS` steps, with `CUT` steps kept."""
+def small(name: str, folder: Path) -> Config:
+    """The experiment as it is, but for `NUM_STEPS` steps and on tables of at most `MAX_IDS` rows; its data and run in `folder`."""
     config = compose(
         [
             f"experiment={name}",
-            f"data.path={data}",
-            f"run_dir={run_dir}",
+            f"data.path={folder}/data/{name}",
+            f"run_dir={folder}/{name}",
             f"reader.global_batch_size={BATCH}",
             "trainer.num_epochs=2",
             f"trainer.max_steps={NUM_STEPS}",
@@ -41,31 +43,30 @@ def small(name: str, data: Path, run_dir: Path) -> Config:
 
 
 def train_and_resume(config: Config, rank: Rank) -> None:
-    """Leave the last checkpoint of a run that went through in `whole`, and of one that went on from step `CUT` in its place."""
+    """Move the last checkpoint of a run that went through to whole/, and leave in its place that of one resumed at step `CUT`."""
     train(config, rank)
     run_dir = Path(str(config.run_dir))
     if rank.is_main:
-        (run_dir / "whole").mkdir()
-        last = f"step_{NUM_STEPS:09d}"
-        shutil.move(run_dir / "checkpoints" / last, run_dir / "whole" / "checkpoints" / last)
+        whole = run_dir / "whole" / "checkpoints"
+        whole.mkdir(parents=True)
+        shutil.move(run_dir / "checkpoints" / f"step_{NUM_STEPS:09d}", whole)
     dist.barrier()
-    train(config, rank)
+    train(replace(config, trainer=replace(config.trainer, eval_split=None)), rank)
 
 
-def check(name: str, folder: Path, rank: Rank) -> None:
+def check(config: Config, rank: Rank) -> None:
     try:
-        config = small(name, folder / "data" / name, folder / name)
         compare(config, rank)
         train_and_resume(config, rank)
     except Exception as error:
-        error.add_note(f"in experiment={name}")
+        error.add_note(f"in {config.run_dir}")
         raise
 
 
 def main() -> None:
     with process_group(timeout_s=60) as rank:
-        for name in sys.argv[2:]:
-            check(name, Path(sys.argv[1]), rank)
+        for config in pickle.loads(Path(sys.argv[1]).read_bytes()):
+            check(config, rank)
 
 
 if __name__ == "__main__":
