@@ -14,13 +14,15 @@ from rec.experts import EXPERTS_KINDS
 from rec.interaction import INTERACTION_KINDS
 from rec.model import Ranker
 from rec.schema import ConfigError, FeatureKind, ShardingType
+from rec.towers import TOWERS_KINDS
 from rec.train import ABOUT
 from rec.widen import dense_parameters
 from tests.conftest import CONF as TEST_CONF
 from tests.conftest import ROOT
 
 TOY = ["data=toy", "data.path=/nowhere"]
-KINDS = {"experts": EXPERTS_KINDS, "interaction": INTERACTION_KINDS}
+KINDS = {"experts": EXPERTS_KINDS, "interaction": INTERACTION_KINDS, "towers": TOWERS_KINDS}
+NEEDED = {"linear": ["model.linear.features=[price,user_id]"], "dot": ["model.towers.item_features=[listing_id]"]}
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 
 
@@ -84,7 +86,7 @@ class TestEveryFile:
 
     @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda part: part)
     def test_composes_builds_a_ranker_and_loads_back(self, tmp_path: Path, group: str, option: str) -> None:
-        config = compose([f"{group}={option}"])
+        config = compose([f"{group}={option}", *NEEDED.get(option if group == "towers" else group, [])])
         if group in KINDS:
             chosen = getattr(config.model, group)
             assert type(chosen) is KINDS[group][chosen.kind]

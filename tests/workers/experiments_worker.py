@@ -1,6 +1,6 @@
 """Every experiment, small, in one process group: `torchrun ... experiments_worker.py CONFIGS`, a pickled list of them.
 
-Compared with the one-device network, trained, then cut back to its checkpoint of step `CUT` and gone on with.
+Compared with the one-device network, trained, and trained again from the checkpoint of step `CUT`.
 """
 
 import pickle
@@ -42,16 +42,20 @@ def small(name: str, folder: Path) -> Config:
     return config
 
 
+def resumed(config: Config) -> str:
+    """Folder of the run that goes on from step `CUT` of the run that `config` describes."""
+    return f"{config.run_dir}-resumed"
+
+
 def train_and_resume(config: Config, rank: Rank) -> None:
-    """Move the last checkpoint of a run that went through to whole/, and leave in its place that of one resumed at step `CUT`."""
+    """Train, and go on from step `CUT` in a folder beside that of the run."""
     train(config, rank)
-    run_dir = Path(str(config.run_dir))
+    again = replace(config, run_dir=resumed(config), trainer=replace(config.trainer, eval_split=None))
     if rank.is_main:
-        whole = run_dir / "whole" / "checkpoints"
-        whole.mkdir(parents=True)
-        shutil.move(run_dir / "checkpoints" / f"step_{NUM_STEPS:09d}", whole)
+        kept = f"checkpoints/step_{CUT:09d}"
+        shutil.copytree(f"{config.run_dir}/{kept}", f"{again.run_dir}/{kept}")
     dist.barrier()
-    train(replace(config, trainer=replace(config.trainer, eval_split=None)), rank)
+    train(again, rank)
 
 
 def check(config: Config, rank: Rank) -> None:
