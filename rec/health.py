@@ -54,7 +54,7 @@ class HealthResult:
     overlap_per_row: dict[str, float]  # the same of each row's gates, then averaged over rows
     js: dict[str, float]  # Jensen-Shannon divergence of gbar^a and gbar^b in nats, 0 (alike) to ln 2
     specialisation: float | None  # 1 - mean linear CKA over pairs of experts, 0 (the same) to 1; None without a pair
-    dead: list[int]  # experts to which every task gives less than 0.1 / N on average
+    dead: list[int]  # experts to which every task gives less than 0.1 / N on average, in the rows in which it reaches them
     polarised: list[str]  # tasks that give one expert more than 0.9 on average
     constant: list[int]  # experts whose output is the same in every row that was compared; not in specialisation
 
@@ -84,6 +84,7 @@ class ExpertHealth(Metric):
     # The shape of a state comes with the first batch: all begin as a zero that broadcasts.
     rows: Tensor  # [] int64
     gates: Tensor  # [T, N] float64
+    reached: Tensor  # [T, N] float64, rows in which the task gives the expert anything: a domain's expert has few
     entropy: Tensor  # [T] float64, nats
     shared: Tensor  # [T, T] float64, sum_i min(g^a_i, g^b_i)
     compared: Tensor  # [] int64, rows in the two below
@@ -98,7 +99,7 @@ class ExpertHealth(Metric):
         self.tasks, self.cka_rows = list(tasks), cka_rows
         for name in ("rows", "compared"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
-        for name in ("gates", "entropy", "shared", "outputs", "products"):
+        for name in ("gates", "reached", "entropy", "shared", "outputs", "products"):
             self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
 
     # ---- rows come in
@@ -118,6 +119,7 @@ class ExpertHealth(Metric):
         shared = [torch.minimum(gates, gates[:, [task]]).sum((0, 2)) for task in range(len(self.tasks))]
         self.rows = self.rows + counts.sum()
         self.gates = self.gates + gates.sum(0)
+        self.reached = self.reached + (gates > 0).double().sum(0)
         self.entropy = self.entropy + torch.special.entr(gates).sum((0, 2))
         self.shared = self.shared + torch.stack(shared)
         if rows_before < self.cka_rows:
@@ -155,6 +157,7 @@ class ExpertHealth(Metric):
             return None
         gates, entropy, shared = ((state / self.rows).cpu() for state in (self.gates, self.entropy, self.shared))
         self._check_gates(gates, entropy)
+        given = (self.gates / self.reached.clamp(min=1)).cpu()  # where there is anything to give
         num_experts = gates.shape[1]
         pairs = {f"{self.tasks[a]}/{self.tasks[b]}": (a, b) for a, b in combinations(range(len(self.tasks)), 2)}
         tasks = {name: _task_health(*of_task) for name, *of_task in zip(self.tasks, gates, entropy, strict=True)}
@@ -170,7 +173,7 @@ class ExpertHealth(Metric):
             overlap_per_row={pair: shared[a, b].item() for pair, (a, b) in pairs.items()},
             js={pair: _js(gates[a], gates[b]) for pair, (a, b) in pairs.items()},
             specialisation=max(0.0, 1 - known.mean().item()) if len(known) else None,
-            dead=(gates.amax(0) < _DEAD / num_experts).nonzero().flatten().tolist(),
+            dead=(given.amax(0) < _DEAD / num_experts).nonzero().flatten().tolist(),
             polarised=[name for name, task in tasks.items() if task.largest > _POLARISED and num_experts > 1],
             constant=constant,
         )

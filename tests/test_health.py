@@ -360,3 +360,14 @@ def test_table_of_many_experts_and_tasks_is_no_wider() -> None:
     assert f"#{task.primary} {task.largest:.2f}" in lines[0] and f"#{task.secondary}" in lines[0]
     assert "overlap a5/b 0.85 (0.85 per row), a4/b 0.86" in last and "3 more up to 0.90" in last
     assert max(map(len, [head, *lines])) < 110
+
+
+def test_an_expert_of_a_rare_domain_is_not_dead_and_one_that_nobody_uses_is() -> None:
+    gates = torch.zeros(200, 1, 4)
+    gates[:, 0, 0] = 1
+    gates[:4, 0, :2] = 0.5  # a domain of 2 % of the rows
+    gates[:, 0, 0] -= 1e-6
+    gates[:, 0, 2] = 1e-6
+    health = ExpertHealth(["click"])
+    health.update(gates, torch.randn(200, 4, 3), torch.ones(200, dtype=torch.bool), rows_before=0)
+    assert health.compute().dead == [2, 3]
