@@ -271,7 +271,7 @@ def test_memory_does_not_grow_with_rows() -> None:
     for step in range(3):
         health.update(*make_rows(50), rows_before=50 * step)
         sizes.append(sum(getattr(health, name).numel() for name in health._defaults))
-    assert sizes == [1 + 15 + 3 + 9 + 1 + 20 + 400] * 3
+    assert sizes == [1 + 15 + 15 + 3 + 9 + 1 + 20 + 400] * 3
 
 
 # ---- bad input
