@@ -19,6 +19,8 @@ from rec.config import Config
 from rec.schema import ConfigError
 
 _MODEL = "model."
+# Logits with which an old domain reads a new one's experts: none of them, so that it predicts as before.
+_APART = {"experts.adaptation": -30.0}
 
 
 @dataclass
@@ -71,6 +73,8 @@ def warm_start(model: nn.Module, config: Config, path: Path) -> Taken:
     Checkpoints(path.parent, config.checkpoint).load(path, {"model": wanted})
     with torch.no_grad():
         for name, old in smaller.items():
+            if name in _APART:
+                state[name][: len(old), len(old) :] = _APART[name]
             state[name][tuple(slice(size) for size in old.shape)] = old
     model.load_state_dict(state)
     return taken

@@ -6,6 +6,8 @@ import torch
 
 from rec.checkpoint import Checkpoints
 from rec.config import Config, compose, load
+from rec.data import Reader
+from rec.model import Ranker
 from rec.schema import ConfigError
 from rec.warm_start import check_domains
 from tests.conftest import CONF, torchrun, toy_overrides
@@ -79,6 +81,18 @@ def test_a_domain_is_added_and_nothing_else_changes(runs: Path) -> None:
         else:
             assert torch.equal(new, old), name
     assert grown == len(event["grown"]) >= 7
+
+
+def test_the_old_domain_predicts_as_before(runs: Path) -> None:
+    logits = []
+    for name in ("one", "two"):
+        config = load(runs / name / "config.yaml")
+        ranker = Ranker(config.model, config.data).eval()
+        ranker.load_state_dict(of_model(runs / name))
+        batch = next(Reader(config.data, config.reader, split="valid", training=False).batches())
+        logits.append(ranker(batch).logits[batch.domain_id == 0])
+    assert len(logits[0]) > 10
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-6, atol=1e-6)
 
 
 def test_a_run_that_asks_for_none_has_none(runs: Path) -> None:
