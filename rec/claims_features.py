@@ -180,7 +180,9 @@ def _hops_arms(sparse: bool = False) -> dict[str, Arm]:
 
 def _loss_weight_arms(sparse: bool = False) -> dict[str, Arm]:
     return {
-        f"second click x {weight:g}": Arm(partial(IdWorld, **_sizes(sparse), hops=Hops(loss_weights=(1.0, weight))), TAOBAO)
+        f"second click x {weight:g}": Arm(
+            partial(IdWorld, **_sizes(sparse), hops=Hops(loss_weights=(1.0, weight))), TAOBAO
+        )
         for weight in (1.0, 0.1, 0.3, 3.0, 10.0)
     }
 

@@ -54,7 +54,9 @@ class HealthResult:
     overlap_per_row: dict[str, float]  # the same of each row's gates, then averaged over rows
     js: dict[str, float]  # Jensen-Shannon divergence of gbar^a and gbar^b in nats, 0 (alike) to ln 2
     specialisation: float | None  # 1 - mean linear CKA over pairs of experts, 0 (the same) to 1; None without a pair
-    dead: list[int]  # experts to which every task gives less than 0.1 / N on average, in the rows in which it reaches them
+    dead: list[
+        int
+    ]  # experts to which every task gives less than 0.1 / N on average, in the rows in which it reaches them
     polarised: list[str]  # tasks that give one expert more than 0.9 on average
     constant: list[int]  # experts whose output is the same in every row that was compared; not in specialisation
 

@@ -2,8 +2,8 @@
 
 import gc
 import pickle
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from tests.test_train import events, weights
 from tests.workers.experiments_worker import BATCH, CUT, NUM_STEPS, resumed, small
 
 NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+ONE_OF_EACH_SYSTEM = {name.partition("_")[0]: name for name in NAMES}.values()
 NUM_ROWS = 3 * BATCH - 14  # three steps an epoch, the last of them not full; the fourth step is of the second epoch
 
 
@@ -90,8 +91,20 @@ def write_rows(data: DataConfig) -> None:
         pq.write_table(rows, folder / "part-0.parquet", row_group_size=40)
 
 
+@dataclass(frozen=True)
+class Run:
+    """An experiment that was trained on two ranks, and the tensors of its last checkpoint."""
+
+    config: Config
+    weights: dict[str, torch.Tensor]
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.config.run_dir))
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     """Every experiment, trained on two ranks in its `run_dir`."""
     folder = tmp_path_factory.mktemp("experiments")
     configs = {name: small(name, folder) for name in NAMES}
@@ -100,6 +113,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     (folder / "configs").write_bytes(pickle.dumps(list(configs.values())))
     torchrun("tests/workers/experiments_worker.py", str(folder / "configs"))
     return configs
+
+
+@pytest.fixture(scope="module")
+def run(configs: dict[str, Config], request: pytest.FixtureRequest) -> Run:
+    config = configs[request.param]
+    return Run(config, weights(Path(str(config.run_dir))))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,39 +137,48 @@ def weights_at(step: int, run_dir: Path, folder: Path) -> dict[str, torch.Tensor
     return weights(folder)
 
 
-@pytest.mark.parametrize("name", NAMES)
-class TestEveryExperiment:
-    """That the sharded network gives the logits of the one-device network is asserted in the worker, where the ranks are."""
+def every_experiment(*, but: Collection[str] = ()) -> pytest.MarkDecorator:
+    """A test for each file, a slow one for those in `but`."""
+    marked = [pytest.param(name, marks=pytest.mark.slow) if name in but else name for name in NAMES]
+    return pytest.mark.parametrize("run", marked, indirect=True, scope="module")
 
-    def test_every_task_has_a_loss_in_every_step(self, runs: dict[str, Config], name: str) -> None:
-        config = runs[name]
-        losses = [event["losses"] for event in events(Path(str(config.run_dir)), "train")]
-        assert len(losses) == NUM_STEPS
-        for step in losses:
-            assert step.keys() == config.data.tasks.keys()
-            assert all(value is not None and value > 0 for value in step.values())
 
-    def test_nothing_stands_still_but_what_is_frozen(self, runs: dict[str, Config], name: str, tmp_path: Path) -> None:
-        run_dir = Path(str(runs[name].run_dir))
-        before, after = weights_at(CUT, run_dir, tmp_path), weights(run_dir)
-        names = {key: key.removeprefix("model.") for key in after if key.startswith("model.")}
-        frozen = {key for key in names if any(fnmatch(names[key], p) for p in runs[name].optim.freeze)}
-        assert {key for key in names if torch.equal(before[key], after[key])} == frozen
+# That the sharded network gives the logits of the one-device network is asserted in the worker, where the ranks are.
 
-    def test_resumed_run_ends_as_the_whole_one(self, runs: dict[str, Config], name: str) -> None:
-        folder = Path(resumed(runs[name]))
-        assert [event["step"] for event in events(folder, "start")] == [CUT]
-        whole, again = weights(Path(str(runs[name].run_dir))), weights(folder)
-        assert whole.keys() == again.keys()
-        for key, value in whole.items():
-            assert torch.equal(again[key], value), key
 
-    def test_one_rank_ends_as_two(self, runs: dict[str, Config], name: str, tmp_path: Path) -> None:
-        config = runs[name]
-        quiet = replace(config.trainer, eval_split=None, log_every_steps=NUM_STEPS)
-        with one_process(), process_group() as rank:
-            train(replace(config, run_dir=str(tmp_path), trainer=quiet), rank)
-        one, two = weights(tmp_path), weights(Path(str(config.run_dir)))
-        assert one.keys() == two.keys()
-        for key, value in one.items():
-            np.testing.assert_allclose(two[key].numpy(), value.numpy(), rtol=1e-3, atol=2e-5, err_msg=key)
+@every_experiment()
+def test_every_task_has_a_loss_in_every_step(run: Run) -> None:
+    losses = [event["losses"] for event in events(run.folder, "train")]
+    assert len(losses) == NUM_STEPS
+    for step in losses:
+        assert step.keys() == run.config.data.tasks.keys()
+        assert all(value is not None and value > 0 for value in step.values())
+
+
+@every_experiment()
+def test_nothing_stands_still_but_what_is_frozen(run: Run, tmp_path: Path) -> None:
+    before = weights_at(CUT, run.folder, tmp_path)
+    names = {key: key.removeprefix("model.") for key in run.weights if key.startswith("model.")}
+    frozen = {key for key, name in names.items() if any(fnmatch(name, p) for p in run.config.optim.freeze)}
+    assert {key for key in names if torch.equal(before[key], run.weights[key])} == frozen
+
+
+@every_experiment()
+def test_resumed_run_ends_as_the_whole_one(run: Run) -> None:
+    folder = Path(resumed(run.config))
+    assert [event["step"] for event in events(folder, "start")] == [CUT]
+    again = weights(folder)
+    assert again.keys() == run.weights.keys()
+    for key, value in run.weights.items():
+        assert torch.equal(again[key], value), key
+
+
+@every_experiment(but=set(NAMES) - {*ONE_OF_EACH_SYSTEM})
+def test_one_rank_ends_as_two(run: Run, tmp_path: Path) -> None:
+    quiet = replace(run.config.trainer, eval_split=None, log_every_steps=NUM_STEPS)
+    with one_process(), process_group() as rank:
+        train(replace(run.config, run_dir=str(tmp_path), trainer=quiet), rank)
+    one = weights(tmp_path)
+    assert one.keys() == run.weights.keys()
+    for key, value in one.items():
+        np.testing.assert_allclose(run.weights[key].numpy(), value.numpy(), rtol=1e-3, atol=2e-5, err_msg=key)
