@@ -51,18 +51,28 @@ in_worlds() {
     done
 }
 
+# sides ARM ARM...: the arguments of rec.compare; with one seed the intervals are over rows, with several over seeds
+sides() {
+    local arm role=--reference
+    for arm in "$@"; do
+        if [[ ${#seeds[@]} -gt 1 ]]; then echo "$role"; fi
+        printf '%s\n' "${seeds[@]/#/$out/$arm/}"
+        role=--candidate
+    done
+}
+
 # compare ARM ARM...: the first is the reference, and names the table
 compare() {
-    local arguments=(--reference "${seeds[@]/#/$out/$1/}") table=$out/against_$1 arm
-    for arm in "${@:2}"; do arguments+=(--candidate "${seeds[@]/#/$out/$arm/}"); done
+    local arguments table=$out/against_$1
+    mapfile -t arguments < <(sides "$@")
     run "$python" -m rec.compare "${arguments[@]}" --names "$@" --markdown --json "$table.json" | tee "$table.md"
 }
 
 # compare_alone DOMAIN ARM: `arm`, a model of all domains, against the model of one, where it is at home
 compare_alone() {
-    local table=$out/alone_$1
-    run "$python" -m rec.compare --reference "${seeds[@]/#/$out/alone_$1/}" --candidate "${seeds[@]/#/$out/$2/}" \
-        --names "alone_$1" "$2" --domains --markdown --json "$table.json" >"$table.md"
+    local arguments table=$out/alone_$1
+    mapfile -t arguments < <(sides "alone_$1" "$2")
+    "$python" -m rec.compare "${arguments[@]}" --names "alone_$1" "$2" --domains --markdown --json "$table.json" >"$table.md"
     grep -E "^\| (task|:--|[a-z_]+ / $1 )" "$table.md" || true
 }
 
