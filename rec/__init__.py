@@ -65,6 +65,7 @@ columns, d network width, T tasks, N experts, H expert width.
     widen            two Configs -> the width that gives one the other's number of weights
 
   run (python -m rec.<name>)
+    select           Parquet -> the same, of chosen rows
     train            Config -> run folder
     sweep            swept overrides -> one torchrun job each
     evaluate         run folder -> metrics of a split
