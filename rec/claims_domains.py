@@ -47,6 +47,7 @@ NEW = len(DOMAINS) - 1  # the domain that `unseen_domain` leaves out, and adds
 NEW_STREAM = 3  # of its rows that are trained on
 NEW_ROWS = (300, 1200, 5000)
 NEW_EPOCHS, NEW_BATCH = 20, 64
+APART = -30.0  # logit with which the others read the new domain's experts, as in `rec.warm_start`
 # what is not of a domain, as in conf/experiment/mtmd_new_domain.yaml
 FROZEN = [
     "experts.shared*",
@@ -205,9 +206,9 @@ def add_domain(model: Ranker, world: Lessons, rows: Batch, *, frozen: Sequence[s
     """
     grown = build(_mtmd_arm(Lessons), world, seed=world.seed)
     state = grown.state_dict()
+    state["experts.adaptation"][:NEW, NEW:] = APART
     for name, old in model.state_dict().items():
         state[name][tuple(slice(size) for size in old.shape)] = old  # domains come first, and the new one last
-    grown.load_state_dict(state)
     freeze(grown, [*frozen])
     train(grown, _epochs(rows, world.seed), loss=MultitaskLoss(world.data.tasks), lr=LR)
     return grown
@@ -250,16 +251,15 @@ def _mtmd_arm(world: Callable[[int], Lessons], *, unknown_share: float = 0.05, *
     return _arm(world, MTMDConfig(layer_sizes=[WIDTH], unknown_share=unknown_share, **config))
 
 
-def _matched_arm(world: Callable[[int], Lessons], experts: Callable[[int], ExpertsConfig]) -> Arm:
-    """An arm as wide as makes its parameters as many as MTMD's."""
-    one = world(0)
+def _count(arm: Arm, world: Lessons) -> int:
+    with torch.device("meta"):
+        return num_parameters(build(arm, world))
 
-    def count(arm: Arm) -> int:
-        with torch.device("meta"):
-            return num_parameters(build(arm, one))
 
-    target = count(_mtmd_arm(world))
-    return _arm(world, experts(closest_width(lambda width: count(_arm(world, experts(width))), target)))
+def _matched_arm(world: Callable[[int], Lessons], experts: Callable[[int], ExpertsConfig], *, like: Arm) -> Arm:
+    """An arm as wide as makes its parameters as many as those of `like`."""
+    one, target = world(0), num_parameters(build(like, like.world(0)))
+    return _arm(world, experts(closest_width(lambda width: _count(_arm(world, experts(width)), one), target)))
 
 
 def _bottom(width: int) -> ExpertsConfig:
@@ -282,12 +282,13 @@ def _pepnet(width: int) -> ExpertsConfig:
 def _domains_arms() -> dict[str, Arm]:
     known = partial(Lessons, domain_input=True)
     mtmd = partial(_mtmd_arm, Lessons, unknown_share=0.0)
+    matched = partial(_matched_arm, like=mtmd())
     return {
         "separate models": Arm(Lessons, SeparateConfig(), parts={"towers": TowersConfig(layer_sizes=[])}),
-        "pooled, one-hot": _matched_arm(known, _bottom),
-        "MMoE, one-hot": _matched_arm(known, _mmoe),
-        "STAR": _matched_arm(Lessons, _star),
-        "PEPNet": _matched_arm(Lessons, _pepnet),
+        "pooled, one-hot": matched(known, _bottom),
+        "MMoE, one-hot": matched(known, _mmoe),
+        "STAR": matched(Lessons, _star),
+        "PEPNet": matched(Lessons, _pepnet),
         "MTMD, no adaptation": mtmd(adaptation=Adaptation.none),
         "MTMD": mtmd(),
         "MTMD, full adaptation": mtmd(adaptation=Adaptation.full),
@@ -305,12 +306,13 @@ def _alignment_arms() -> dict[str, Arm]:
 @cache
 def _unseen_arms() -> dict[str, Arm]:
     unseen = partial(Lessons, unseen=True)
+    matched = partial(_matched_arm, like=_mtmd_arm(unseen))
     return {
-        "pooled": _matched_arm(unseen, _bottom),
-        "MMoE": _matched_arm(unseen, _mmoe),
-        "MMoE, one-hot": _matched_arm(partial(unseen, domain_input=True), _mmoe),
-        "STAR": _matched_arm(unseen, _star),
-        "PEPNet": _matched_arm(unseen, _pepnet),
+        "pooled": matched(unseen, _bottom),
+        "MMoE": matched(unseen, _mmoe),
+        "MMoE, one-hot": matched(partial(unseen, domain_input=True), _mmoe),
+        "STAR": matched(unseen, _star),
+        "PEPNet": matched(unseen, _pepnet),
         "MTMD": _mtmd_arm(unseen),
         "MTMD, with it from the start": _mtmd_arm(Lessons),
     }

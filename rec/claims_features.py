@@ -3,7 +3,7 @@
 All but `history` are in `rec.id_world.IdWorld`; names that end in `_sparse` have few rows and many ids, which are seen twice.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,10 +23,13 @@ from rec.interaction import FMConfig, FMKind
 from rec.intervals import TaskRows
 from rec.linear import LinearConfig, Route
 from rec.schema import Debias
+from rec.worlds import World
+
+Parts = Mapping[str, Any]  # of an Arm
 
 TAOBAO = MMoEConfig(layer_sizes=[32], num_experts=4)
 APPS = MMoEConfig(layer_sizes=[32], num_experts=2)
-MANY_IDS = 200  # of a field, for 200,000 rows; with plenty of rows there are 50
+NUM_IDS = {False: 50, True: 200}  # of a field, by whether rows are few
 ROUTES = {
     "v1": [Route.logits],
     "v2": [Route.towers],
@@ -124,36 +127,36 @@ class UnseenLinear(IdWorld):
     """The same rows, whose linear features the network does not see: they are 0."""
 
     def draw(self, num_rows: int, generator: torch.Generator) -> Batch:
-        """Fresh rows."""
+        """Fresh rows; `step_truth` of them is not their chances, `truth` is."""
         rows = super().draw(num_rows, generator)
         rows.dense[:, :NUM_LINEAR] = 0
         return rows
 
 
-def _sizes(sparse: bool) -> Mapping[str, Any]:
-    return {"num_ids": MANY_IDS} if sparse else {}
+def _ids(sparse: bool, kind: type[IdWorld] = IdWorld, **options: Any) -> Callable[[int], World]:
+    return partial(kind, num_ids=NUM_IDS[sparse], **options)
 
 
-def _linear(route: str, *, exclusive: bool = False, ids: bool = False) -> dict[str, LinearConfig]:
+def _linear(route: str, *, exclusive: bool = False, ids: bool = False) -> Parts:
     fields = [f"field_{f}" for f in range(NUM_FIELDS)] if ids else []
     return {"linear": LinearConfig(features=[*fields, "linear"], to=ROUTES[route], exclusive=exclusive)}
 
 
 def _linear_arms(sparse: bool = False) -> dict[str, Arm]:
-    world, unseen = (partial(kind, **_sizes(sparse)) for kind in (IdWorld, UnseenLinear))
-    derived = [partial(kind, **_sizes(sparse), derived=True) for kind in (IdWorld, UnseenLinear)]
+    """The deep part reads the linear features only in arms named after it. Derived ones are linear forms of what it reads."""
+    new, derived = _ids(sparse), _ids(sparse, derived=True)
     return {
-        "new / deep part": Arm(world, TAOBAO),
-        "new / none": Arm(unseen, TAOBAO),
-        **{f"new / {v}": Arm(world, TAOBAO, parts=_linear(v, exclusive=True)) for v in ROUTES},
-        "new / v1 and deep part": Arm(world, TAOBAO, parts=_linear("v1")),
-        "derived / none": Arm(derived[1], TAOBAO),
-        **{f"derived / {v}": Arm(derived[0], TAOBAO, parts=_linear(v, exclusive=True)) for v in ("v1", "v4")},
+        "new / deep part": Arm(new, TAOBAO),
+        "new / none": Arm(_ids(sparse, UnseenLinear), TAOBAO),
+        **{f"new / {v}": Arm(new, TAOBAO, parts=_linear(v, exclusive=True)) for v in ROUTES},
+        "new / v1 and deep part": Arm(new, TAOBAO, parts=_linear("v1")),
+        "derived / none": Arm(_ids(sparse, UnseenLinear, derived=True), TAOBAO),
+        **{f"derived / {v}": Arm(derived, TAOBAO, parts=_linear(v, exclusive=True)) for v in ("v1", "v4")},
     }
 
 
 def _history_arms() -> dict[str, Arm]:
-    def attended(**config: Any) -> dict[str, list[HistoryConfig]]:
+    def attended(**config: Any) -> Parts:
         return {"histories": [HistoryConfig(feature="history", candidate="item", layer_sizes=[32, 16], **config)]}
 
     kinds = {
@@ -162,7 +165,10 @@ def _history_arms() -> dict[str, Arm]:
         "DIN, softmax": attended(kind=HistoryKind.din, softmax=True),
         "transformer": attended(kind=HistoryKind.transformer, feedforward_size=32),
     }
-    worlds = {"candidate": HistoryWorld, "control": partial(HistoryWorld, candidate_dependent=False)}
+    worlds: dict[str, Callable[[int], World]] = {
+        "candidate": HistoryWorld,
+        "control": partial(HistoryWorld, candidate_dependent=False),
+    }
     return {
         f"{group} / {name}": Arm(world, TAOBAO, parts=parts)
         for group, world in worlds.items()
@@ -172,34 +178,23 @@ def _history_arms() -> dict[str, Arm]:
 
 def _hops_arms(sparse: bool = False) -> dict[str, Arm]:
     forms = {"condition": TaskForm.conditional, "product": TaskForm.entire}
-    return {
-        name: Arm(partial(IdWorld, **_sizes(sparse), hops=Hops(num=3, form=form)), TAOBAO)
-        for name, form in forms.items()
-    }
+    return {name: Arm(_ids(sparse, hops=Hops(num=3, form=form)), TAOBAO) for name, form in forms.items()}
 
 
 def _loss_weight_arms(sparse: bool = False) -> dict[str, Arm]:
-    return {
-        f"second click x {weight:g}": Arm(
-            partial(IdWorld, **_sizes(sparse), hops=Hops(loss_weights=(1.0, weight))), TAOBAO
-        )
-        for weight in (1.0, 0.1, 0.3, 3.0, 10.0)
-    }
+    hops = {f"second click x {w:g}": Hops(loss_weights=(1.0, w)) for w in (1.0, 0.1, 0.3, 3.0, 10.0)}
+    return {name: Arm(_ids(sparse, hops=of), TAOBAO) for name, of in hops.items()}
 
 
 def _depth_arms(sparse: bool = False) -> dict[str, Arm]:
-    sizes = {"5 layers": [64, 48, 32], "3 layers": [32]}  # with the towers' two
-    world = partial(IdWorld, **_sizes(sparse))
-    return {name: Arm(world, MMoEConfig(layer_sizes=size, num_experts=4)) for name, size in sizes.items()}
+    sizes = {"5 layers": [64, 48, 32], "3 layers": [32]}  # with the two of a tower
+    return {name: Arm(_ids(sparse), MMoEConfig(layer_sizes=size, num_experts=4)) for name, size in sizes.items()}
 
 
 def _fm_arms(sparse: bool = False) -> dict[str, Arm]:
-    world = partial(IdWorld, **_sizes(sparse), hops=Hops(form=TaskForm.direct, loss_weights=(0.95, 0.05)))
-    linear: dict[str, Mapping[str, Any]] = {
-        "no linear part": {},
-        "v1": _linear("v1", ids=True),
-        "v4": _linear("v4", ids=True),
-    }
+    """The deep part reads everything; the linear part has weights of the ids, too, as a machine's first order."""
+    world = _ids(sparse, hops=Hops(form=TaskForm.direct, loss_weights=(0.95, 0.05)))
+    linear: dict[str, Parts] = {"no linear part": {}} | {v: _linear(v, ids=True) for v in ("v1", "v4")}
     machines = {
         "none": FMConfig(),
         "shared": FMConfig(FMKind.shared),
@@ -215,32 +210,39 @@ def _fm_arms(sparse: bool = False) -> dict[str, Arm]:
 
 def _entire_space_arms(sparse: bool = False) -> dict[str, Arm]:
     forms = {"condition": TaskForm.conditional, "direct": TaskForm.direct, "product": TaskForm.entire}
-    hops = {name: Hops(form=form) for name, form in forms.items()} | {
-        f"{name}, {debias.name}": Hops(form=forms[name], debias=debias)
-        for name in ("condition", "product")
-        for debias in (Debias.ips, Debias.dr)
-    }
-    return {name: Arm(partial(IdWorld, **_sizes(sparse), hops=of), APPS) for name, of in hops.items()}
+    hops = {name: Hops(form=form) for name, form in forms.items()}
+    for name in ("condition", "product"):
+        hops |= {f"{name}, {d.name}": Hops(form=forms[name], debias=d) for d in (Debias.ips, Debias.dr)}
+    return {name: Arm(_ids(sparse, hops=of), APPS) for name, of in hops.items()}
 
 
 _TWO = ("click", "second_click")
-_STEP = ("unclicked logloss", "unclicked bias")
-_PLENTY = partial(Study, steps=1000)
-_FEW = partial(Study, steps=196, train_rows=200_000)  # twice over
+_UNCLICKED = ("unclicked logloss", "unclicked bias")
+
+
+def _both(name: str, arms: Callable[[bool], dict[str, Arm]], **options: Any) -> dict[str, Study]:
+    """A study with a million fresh rows, and the same with few."""
+    return {
+        name: Study(partial(arms, False), steps=500, **options),
+        f"{name}_sparse": Study(partial(arms, True), steps=196, train_rows=200_000, **options),
+    }
+
+
+# learning rates were chosen among .003 and .01 in world 0, for the first arms
 STUDIES = {
-    "linear": _PLENTY(_linear_arms, score_aucs, _TWO),
-    "linear_sparse": _FEW(partial(_linear_arms, True), score_aucs, _TWO),
-    "history": Study(_history_arms, score_aucs, _TWO, steps=1500),
-    "hops": _PLENTY(_hops_arms, score_hops, (*HOPS, "order of all", *_STEP), lower_is_better=_STEP),
-    "hops_sparse": _FEW(partial(_hops_arms, True), score_hops, (*HOPS, "order of all", *_STEP), lower_is_better=_STEP),
-    "loss_weight": _PLENTY(_loss_weight_arms, score_aucs, _TWO),
-    "loss_weight_sparse": _FEW(partial(_loss_weight_arms, True), score_aucs, _TWO),
-    "depth": _PLENTY(_depth_arms, score_aucs, _TWO),
-    "depth_sparse": _FEW(partial(_depth_arms, True), score_aucs, _TWO),
-    "fm": _PLENTY(_fm_arms, score_aucs, _TWO),
-    "fm_sparse": _FEW(partial(_fm_arms, True), score_aucs, _TWO),
-    "entire_space": _PLENTY(_entire_space_arms, score_hops, ("second_click of all", *_STEP), lower_is_better=_STEP),
-    "entire_space_sparse": _FEW(
-        partial(_entire_space_arms, True), score_hops, ("second_click of all", *_STEP), lower_is_better=_STEP
+    **_both("linear", _linear_arms, score=score_aucs, compared=_TWO),
+    "history": Study(_history_arms, score_aucs, _TWO, steps=800, lr=1e-2),
+    **_both(
+        "hops", _hops_arms, score=score_hops, compared=(*HOPS, "order of all", *_UNCLICKED), lower_is_better=_UNCLICKED
+    ),
+    **_both("loss_weight", _loss_weight_arms, score=score_aucs, compared=_TWO),
+    **_both("depth", _depth_arms, score=score_aucs, compared=_TWO),
+    **_both("fm", _fm_arms, score=score_aucs, compared=_TWO, lr=1e-2),
+    **_both(
+        "entire_space",
+        _entire_space_arms,
+        score=score_hops,
+        compared=("second_click of all", *_UNCLICKED),
+        lower_is_better=_UNCLICKED,
     ),
 }

@@ -4,12 +4,30 @@
 world all arms see the same rows and start from the same seed, so they are compared in pairs, world by world: the worlds
 differ from each other ten times as much as the arms do.
 
-    experts      shared bottom, OMoE, MMoE and mixed experts with as many parameters (Ma et al., KDD 2018); with --sparse on
-                 few rows, several times over, where gates overfit
-    collapse     gates that start collapsed: temperature against expert dropout
-    auxiliary    a third task that is akin to purchases, unrelated or opposed; --sparse as well
-    platt        a model that does not know placements: no calibration, one Platt scaling, one a placement
-    mmoe_paper   the synthetic regressions of the MMoE paper, of cosine p
+  the MMoE paper (Ma et al., KDD 2018) and Etsy
+    experts       shared bottom, OMoE, MMoE and mixed experts with as many parameters *
+    collapse      gates that start collapsed: temperature against expert dropout
+    auxiliary     a third task that is akin to purchases, unrelated or opposed *
+    platt         a model that does not know placements: no calibration, one Platt scaling, one a placement
+    mmoe_paper    the synthetic regressions of the MMoE paper, of cosine p
+
+  Taobao's channel "Lying Flat"
+    linear        linear features in the deep part, by the five routes beside it, or nowhere *
+    history       mean, DIN and a transformer, where a history matters by the candidate and where it does not
+    hops          three hops, each learned where the one before took place, or as products on all rows *
+    loss_weight   the weight of the second hop, from .1 to 10: what one hop gains and the other loses *
+    depth         five layers against three *
+
+  AppS
+    fm            factorisation machines beside a deep network, with and without a linear part *
+    entire_space  clicked rows alone, all rows, products (ESMM) and debiased losses (ESCM2): later hops without a click *
+
+  Pinterest's MTMD (AdKDD 2025)
+    domains       one network of all domains, of several kinds, against one each
+    alignment     a loss that holds predictions to the teacher's, by its weight
+    unseen_domain a domain that training left out: as it is, and added
+
+* also with --sparse, on few rows, seen several times.
 """
 
 import argparse
@@ -33,6 +51,7 @@ from rec.report import as_text, cell
 from rec.schema import ConfigError, check_range
 
 STUDIES = claims.STUDIES | claims_features.STUDIES | claims_domains.STUDIES
+SPARSE = [name.removesuffix("_sparse") for name in STUDIES if name.endswith("_sparse")]
 
 
 @dataclass(frozen=True)
@@ -147,9 +166,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("study", choices=[name for name in STUDIES if not name.endswith("_sparse")])
-    sparse = "experts, auxiliary: 400,000 rows, three times over, about 700 purchases"
-    p.add_argument("--sparse", action="store_true", help=sparse)
-    p.add_argument("--worlds", type=int, help="how many; default: 5, of mmoe_paper 10")
+    p.add_argument("--sparse", action="store_true", help=f"few rows, seen several times: {', '.join(SPARSE)}")
+    p.add_argument("--worlds", type=int, help="how many; default: the study's own")
     p.add_argument("--steps", type=int, help="of training; default: the study's")
     p.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="that share the jobs; default 2")
     p.add_argument("--json", type=Path, metavar="FILE", help="write every value")
@@ -161,10 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = parser().parse_args(argv)
     try:
-        if args.sparse and f"{args.study}_sparse" not in STUDIES:
-            raise ConfigError(
-                f"--sparse belongs to the studies experts and auxiliary, not to {args.study}; leave it out"
-            )
+        if args.sparse and args.study not in SPARSE:
+            raise ConfigError(f"--sparse belongs to {', '.join(SPARSE)}, not to {args.study}; leave it out")
         for name in ("worlds", "steps", "processes"):
             check_range(f"--{name}", getattr(args, name), 1, 1_000_000)
         if args.json and not args.json.absolute().parent.is_dir():

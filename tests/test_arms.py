@@ -6,9 +6,24 @@ import pytest
 import torch
 
 from rec import arms
-from rec.arms import Arm, Trained, build, expected_aucs, gate_measures, outputs_of, score_regression, train
+from rec.arms import (
+    Arm,
+    Trained,
+    build,
+    expected_auc,
+    expected_aucs,
+    gate_measures,
+    measure,
+    num_parameters,
+    outputs_of,
+    score_regression,
+    train,
+)
 from rec.claims import STUDIES
 from rec.experts import MMoEConfig, SharedBottomConfig
+from rec.interaction import LowRankDCNv2Config
+from rec.intervals import TaskRows
+from rec.linear import LinearConfig, Route
 from rec.losses import MultitaskLoss
 from rec.worlds import EVERYWHERE, SegmentWorld, TaskPair
 
@@ -72,3 +87,18 @@ def test_arms_learn() -> None:
     scores = expected_aucs(Trained("arm", world, model, rows, outputs_of(model, rows)))
     assert scores["click"] > 0.6 and scores["purchase"] > 0.6
     assert rows.domain_id.max() == 0 and world.placements == EVERYWHERE
+
+
+def test_parts_are_further_stages_of_the_network() -> None:
+    linear = LinearConfig(features=["inputs"], to=[Route.logits], exclusive=False)
+    parts = {"linear": linear, "interaction": LowRankDCNv2Config(num_layers=3, low_rank=2)}
+    plain, crossed = (build(Arm(SegmentWorld, SharedBottomConfig(), parts=p), SegmentWorld(0)) for p in ({}, parts))
+    assert plain.linear.dense is None and crossed.linear.dense is not None
+    assert num_parameters(plain.interaction) == 0 and len(crossed.interaction.W_kernels) == 3
+
+
+def test_measures_without_a_meaning_are_nan() -> None:
+    rows = TaskRows(np.zeros(3), labels=np.zeros(3), weights=np.ones(3), domain_id=np.zeros(3, dtype=np.int64))
+    values = measure(rows, "logloss", "calibration")
+    assert values["logloss"] == pytest.approx(np.log(2)) and np.isnan(values["calibration"])
+    assert np.isnan(expected_auc(rows))

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from rec import arms, claims
-from rec.study import Result, caption, main, make_table, run_study
+from rec.study import SPARSE, STUDIES, Result, caption, main, make_table, run_study
 
 
 @pytest.fixture
@@ -53,6 +53,16 @@ def test_lower_errors_are_better_and_the_lowest_is_shown() -> None:
     assert first[2] == "0.2000" and second[2] == "0.1000" and second[4] == "2 of 3"
 
 
+def test_of_some_measures_less_is_better() -> None:
+    compared = {"second_click of all": [0.2, 0.3], "unclicked logloss": [0.5, 0.5], "unclicked bias": [0.1, 0.4]}
+    better = {"second_click of all": [0.3, 0.2], "unclicked logloss": [0.3, 0.4], "unclicked bias": [0.2, 0.5]}
+    lines = {"condition": compared | {"above click": [0.0, 0.0]}, "product": better | {"above click": [0.0, 0.5]}}
+    head, _, row = make_table(Result("entire_space", steps=1, num_worlds=2, lines=lines))
+    cells = dict(zip(head, row, strict=False))
+    assert [c for h, c in zip(head, row, strict=True) if h == "better"] == ["1 of 2", "2 of 2", "0 of 2"]
+    assert cells["above click"] == "0.250"
+
+
 def test_a_single_world_has_no_interval() -> None:
     lines = {"a": {"click": [0.7]}, "b": {"click": [0.71]}}
     result = Result("experts", steps=1, num_worlds=1, lines=lines)
@@ -70,10 +80,19 @@ def test_command_gives_the_same_from_any_number_of_processes(tmp_path: Path, cap
     assert re.search(rf"\| click / one a placement \| {logloss[0]:.4f} \|", out)
 
 
+def test_help_names_every_study(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    starred = {name: star for name, star in re.findall(r"^    (\w+) +\S.*?( \*)?$", out, re.M)}
+    assert {name.removesuffix("_sparse") for name in STUDIES} == set(starred)
+    assert {name for name, star in starred.items() if star} == set(SPARSE)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["platt", "--sparse"], "--sparse belongs to the studies experts and auxiliary, not to platt"),
+        (["platt", "--sparse"], "--sparse belongs to experts, auxiliary, linear, .*, entire_space, not to platt"),
         (["platt", "--json", "no/such/folder.json"], "no/such/folder.json: its folder does not exist"),
         (["experts", "--worlds", "0"], "--worlds is 0, expected a value from 1"),
     ],
