@@ -39,7 +39,7 @@ from rec.model import Ranker
 from rec.optim import freeze
 from rec.towers import DotTowers, DotTowersConfig, TowersConfig
 from rec.widen import closest_width
-from rec.worlds import make_generator, take
+from rec.worlds import World, make_generator, take
 
 WIDTH = 32  # of the experts
 LR = 1e-2  # the best of 0.003, 0.01 and 0.02 in world 0, for separate models, MMoE and MTMD alike
@@ -86,7 +86,7 @@ class Lessons(DomainWorld):
     def batches(self, num_batches: int, *, batch_size: int, stream: int = TRAIN) -> Iterator[Batch]:
         """See `World.batches`."""
         world = self if stream == TRAIN else self.balanced()
-        return super(DomainWorld, world).batches(num_batches, batch_size=batch_size, stream=stream)
+        return World.batches(world, num_batches, batch_size=batch_size, stream=stream)
 
     def draw(self, num_rows: int, generator: torch.Generator) -> Batch:
         """Fresh rows, the same for every choice of labels and of what is known."""
@@ -118,8 +118,26 @@ class SeparateConfig(ExpertsConfig):
     width: int = WIDTH  # of the query towers' hidden layer
 
 
+class TwoTowers(nn.Module):
+    """A shared bottom and two towers, which know one domain."""
+
+    def __init__(self, width: int, num_tasks: int) -> None:
+        super().__init__()
+        sizes = Sizes(in_features=QUERY_SIZE, num_tasks=num_tasks)
+        self.bottom = SharedBottom(SharedBottomConfig(layer_sizes=[width]), sizes)
+        self.towers = DotTowers(
+            two_towers(), in_features=width, item_features=ITEM_SIZE, tower_of=[*range(num_tasks)], num_domains=1
+        )
+
+    def forward(self, inputs: ExpertInputs) -> Tensor:
+        """Logits [B, T]."""
+        query, item = inputs.x.split([QUERY_SIZE, ITEM_SIZE], dim=1)
+        values = self.bottom(ExpertInputs(query, inputs.draws)).values
+        return self.towers(values, self.towers.item(item), torch.zeros_like(inputs.domains))
+
+
 class Separate(Experts):
-    """A shared bottom with two towers for each domain, of which a row reads its own.
+    """`TwoTowers` for each domain, of which a row reads its own.
 
     Task t's value is their logit at place d, and 0 elsewhere, [B, T, D]. A tower of no hidden layer behind it scales each place,
     and so the domains share nothing but that tower's bias.
@@ -127,21 +145,12 @@ class Separate(Experts):
 
     def __init__(self, config: SeparateConfig, sizes: Sizes) -> None:
         super().__init__()
-        of_one = Sizes(in_features=QUERY_SIZE, num_tasks=sizes.num_tasks)
-        bottom, tasks = SharedBottomConfig(layer_sizes=[config.width]), [*range(sizes.num_tasks)]
-        shape = {"in_features": config.width, "item_features": ITEM_SIZE, "tower_of": tasks, "num_domains": 1}
-        self.bottoms = nn.ModuleList(SharedBottom(bottom, of_one) for _ in range(sizes.num_domains))
-        self.towers = nn.ModuleList(DotTowers(two_towers(), **shape) for _ in range(sizes.num_domains))
+        self.models = nn.ModuleList(TwoTowers(config.width, sizes.num_tasks) for _ in range(sizes.num_domains))
 
     def forward(self, inputs: ExpertInputs) -> Mixture:
         """Values [B, T, D]."""
-        query, item = inputs.x.split([QUERY_SIZE, ITEM_SIZE], dim=1)
-        one = torch.zeros_like(inputs.domains)
-        logits = [
-            towers(bottom(ExpertInputs(query, inputs.draws)).values, towers.item(item), one)
-            for bottom, towers in zip(self.bottoms, self.towers, strict=True)
-        ]
-        return Mixture(torch.stack(logits, dim=2) * F.one_hot(inputs.domains, len(logits)).unsqueeze(1))
+        logits = torch.stack([model(inputs) for model in self.models], dim=2)
+        return Mixture(logits * F.one_hot(inputs.domains, len(self.models)).unsqueeze(1))
 
     def prune(self, tasks: list[int]) -> None:
         """A study serves nothing."""

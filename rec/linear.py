@@ -91,7 +91,7 @@ class Linear(nn.Module):
 
     def __init__(self, config: LinearConfig, data: DataConfig) -> None:
         super().__init__()
-        self.to = config.to
+        self.routes = config.to
         self.sparse = [name for name in data.sparse_features if name in config.used]
         self.columns = [c for name, columns in data.dense_columns.items() if name in config.used for c in columns]
         self.out_features = linear_width(len(data.tasks)) * len(self.sparse) + len(self.columns)
@@ -104,18 +104,20 @@ class Linear(nn.Module):
 
     def width(self, route: Route) -> int:
         """Width of what goes to a route; 0 where nothing does."""
-        return self.out_features if route in self.to else 0
+        return self.out_features if route in self.routes else 0
 
     def forward(self, embedded: Embedded, dense: Tensor) -> LinearFeatures:
         """B rows -> l, and its logits."""
         columns = dense[:, self.columns]
-        values = torch.cat([*(embedded.linear[name] for name in self.sparse), columns], dim=1) if self.to else columns
+        values = (
+            torch.cat([*(embedded.linear[name] for name in self.sparse), columns], dim=1) if self.routes else columns
+        )
         logits = None
         if self.dense is not None:
             logits = self.dense(columns)
             for name in self.sparse:
                 logits = logits + embedded.linear[name][:, self.tasks]
-        return LinearFeatures(values, logits, self.to)
+        return LinearFeatures(values, logits, self.routes)
 
     def prune(self, tasks: list[int]) -> None:
         """Leave only the logits of `tasks`, in that order."""

@@ -16,7 +16,7 @@ step's own cross-entropy e would be there (ESCM2, Wang et al., SIGIR 2022). With
 of the click task, r no less than `propensity_floor` and without gradient, and e' = softplus of the imputation tower's logit:
 
 - ips: o e / r
-- dr: e' + o (e - e') / r + o (e - e')**2 / r, the last term being what teaches e'
+- dr: e' + o (e - e') / r + o (sg(e) - e')**2 / r, the last term being what teaches e'; sg stops the gradient
 
 It takes the place of a conditional task's loss, and is added to that of a product. Clicked rows without a label (the step's
 weight is 0) are left out of it.
@@ -170,5 +170,5 @@ def _counterfactual(losses: Tensor, inverse: Tensor, imputed: Tensor | None) -> 
     """
     if imputed is None:
         return inverse * losses
-    error = losses - imputed
-    return imputed + inverse * (error + error.square())
+    # the square teaches the imputation alone: through the loss itself it would push probabilities up
+    return imputed + inverse * (losses - imputed + (losses.detach() - imputed).square())

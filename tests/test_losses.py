@@ -325,6 +325,19 @@ class TestDebias:
         assert (gradient[:, 0] == 0).all() and (gradient[:, 1] != 0).any()
         assert (gradient[:, 2] != 0).any() == (debias is Debias.dr)
 
+    def test_imputation_learns_from_the_step_and_not_the_step_from_imputation(self) -> None:
+        gradients = []
+        for debias in (Debias.ips, Debias.dr):
+            tasks = {
+                "click": TaskConfig(label="c", loss_weight=0),
+                "buy": TaskConfig(label="b", condition="click", debias=debias),
+            }
+            rows = rows_of()
+            rows = {"towers": rows["towers"][:, :3], "labels": rows["labels"][:, :2], "weights": rows["weights"][:, :2]}
+            losses, towers = losses_of(rows, tasks=tasks)
+            gradients.append(torch.autograd.grad(losses.total, towers)[0][:, 1])
+        torch.testing.assert_close(gradients[1], gradients[0])
+
     @pytest.mark.parametrize("debias", [Debias.ips, Debias.dr], ids=lambda debias: debias.name)
     def test_is_the_mean_over_all_rows_though_clicks_choose_the_easy_ones(self, debias: Debias) -> None:
         """With the true propensity, the estimate is right on average; the mean over clicked rows is not."""

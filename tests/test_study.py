@@ -84,7 +84,7 @@ def test_help_names_every_study(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    starred = {name: star for name, star in re.findall(r"^    (\w+) +\S.*?( \*)?$", out, re.M)}
+    starred = dict(re.findall(r"^    (\w+) +\S.*?( \*)?$", out, re.M))
     assert {name.removesuffix("_sparse") for name in STUDIES} == set(starred)
     assert {name for name, star in starred.items() if star} == set(SPARSE)
 
