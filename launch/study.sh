@@ -68,12 +68,20 @@ compare() {
     run "$python" -m rec.compare "${arguments[@]}" --names "$@" --markdown --json "$table.json" | tee "$table.md"
 }
 
-# compare_alone DOMAIN ARM: `arm`, a model of all domains, against the model of one, where it is at home
-compare_alone() {
-    local arguments table=$out/alone_$1
-    mapfile -t arguments < <(sides "alone_$1" "$2")
-    "$python" -m rec.compare "${arguments[@]}" --names "alone_$1" "$2" --domains --markdown --json "$table.json" >"$table.md"
-    grep -E "^\| (task|:--|[a-z_]+ / $1 )" "$table.md" || true
+# alone DOMAINS...: each domain's metrics by its own model, alone_DOMAIN, and by the models of all domains in the array `all`
+alone() {
+    local arm domain
+    for arm in "${all[@]}"; do
+        "$python" -m rec.report "${seeds[@]/#/$out/$arm/}" --split test --domains --markdown >"$out/report_$arm.md"
+    done
+    grep -m 1 "^| task" "$out/report_${all[0]}.md" | sed "s/^| task/| model | task/"
+    echo "|:--|:--|--:|--:|--:|--:|--:|--:|--:|"
+    for domain in "$@"; do
+        "$python" -m rec.report "${seeds[@]/#/$out/alone_$domain/}" --split test --domains --markdown >"$out/report_alone_$domain.md"
+        for arm in "alone_$domain" "${all[@]}"; do
+            grep -E "^\| [a-z_]+ / $domain \|" "$out/report_$arm.md" | sed "s/^/| ${arm%_"$domain"} /" || true
+        done
+    done
 }
 
 : "${RAW:=}"
@@ -134,7 +142,8 @@ mtmd)
         done
     done
     compare "${names[@]}"
-    for place in "${placements[@]}"; do compare_alone "$place" mtmd; done | awk '!seen[$0]++' | tee "$out/alone.md"
+    all=(pooled mtmd)
+    alone "${placements[@]}" | tee "$out/alone.md"
     ;;
 kuairand)
     need_raw
@@ -178,7 +187,8 @@ kuairand_tabs)
             run "${torchrun[@]}" -m rec.evaluate run_dir="$out/alone_$tab/$seed" data.path=data/kuairand predictions=true
         done
     done
-    for tab in {0..14}; do compare_alone "$tab" one_mtmd; done | awk '!seen[$0]++' | tee "$out/alone.md"
+    all=(one_mmoe one_mtmd)
+    alone {0..14} | tee "$out/alone.md"
     ;;
 census | adult)
     need_raw
