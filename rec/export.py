@@ -248,7 +248,10 @@ def export_run(command: Command, config: Config, rank: Rank) -> None:
         types = pq.read_schema(reader.split.files[0], filesystem=reader.split.filesystem)
         said = describe(config, types=types, info=Info.read(path), path=path, calibrators=served.calibrators)
         rows = collect_rows(config, rank, path, reader, wanted=wanted)
-        rows.sides = [tuple(side_inputs(side, inputs) for side in sides) for inputs in rows.inputs] if sides else []
+        if sides:
+            item, query = sides
+            rows.sides = [(side_inputs(item, inputs), side_inputs(query, inputs)) for inputs in rows.inputs]
+            del item, query
         del served, sides
         ran = run_alone(draft, rows)
         difference = largest_difference(ran.preds, rows.preds, tasks=data.served_tasks)

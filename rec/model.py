@@ -107,8 +107,9 @@ class Ranker(nn.Module):
 
     def items(self, embedded: Embedded, dense: Tensor) -> Tensor:
         """The items' vectors [B, r], which depend on the features of the item alone."""
+        assert self.item_inputs is not None, "only two towers have vectors of items"
         with self._precision(dense.device):
-            return self.towers.item(self.item_inputs(embedded, dense))
+            return self.towers.items(self.item_inputs(embedded, dense))
 
     def score(
         self, embedded: Embedded, dense: Tensor, *, items: Tensor | None, domain_id: Tensor, draws: Tensor

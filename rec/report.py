@@ -14,8 +14,8 @@ from typing import Any
 
 from rec.schema import ConfigError, nearest
 
-COLUMNS = ("auc", "pr_auc", "logloss", "ne", "calibration", "ece", "field_ece", "gauc", "gap_closed", "log_mae")
-COLUMNS += ("mae", "rmse")
+COLUMNS: tuple[str, ...] = ("auc", "pr_auc", "logloss", "ne", "calibration", "ece", "field_ece", "gauc", "gap_closed")
+COLUMNS += ("log_mae", "mae", "rmse")
 Lines = dict[str, dict[str, Any]]  # "task" or "task / domain" -> name of a metric -> its value, None without meaning
 
 
@@ -98,10 +98,11 @@ def group_table(groups: dict[str, Sequence[Lines]], *, main: str, metric: str = 
     head = ["", f"{main}, best", "mean", *(cell for task in others for cell in (f"{task}, mean", "at the best"))]
     table = [head]
     for name, runs in groups.items():
-        values = [lines.get(main, {}).get(metric) for lines in runs]
-        if any(value is None for value in values):
+        found = [lines.get(main, {}).get(metric) for lines in runs]
+        values = [value for value in found if value is not None]
+        if len(values) < len(found):
             raise ConfigError(f"a run of group '{name}' has no {metric} of task '{main}'; {nearest(main, runs[0])}")
-        best = max(range(len(runs)), key=lambda run: values[run])
+        best = values.index(max(values))
         row = [name, cell([values[best]]), cell(values)]
         for task in others:
             theirs = [lines.get(task, {}).get(metric) for lines in runs]
@@ -186,7 +187,8 @@ def _grouped(args: argparse.Namespace) -> str:
     """The table of groups, and what it shows."""
     if args.runs or not args.main:
         raise ConfigError("--group NAME RUN ... needs --main TASK, and every run belongs to a group")
-    groups, counts = {}, set()
+    groups: dict[str, Sequence[Lines]] = {}
+    counts = set()
     for name, *runs in args.group:
         events = [read_evaluation(Path(run), split=args.split) for run in runs]
         check_alike(list(map(Path, runs)), events)

@@ -91,6 +91,10 @@ class TaskTowers(nn.Module):
         """[B, T, H] -> logits [B, towers] (of a regression: predictions)."""
         return self.vectors(values).squeeze(-1)
 
+    def items(self, x: Tensor) -> Tensor:
+        """What an item tower reads [B, d_item] -> items' vectors [B, r]."""
+        raise ConfigError("these towers have no item side; choose towers=dot")
+
     def vectors(self, values: Tensor) -> Tensor:
         """[B, T, H] -> [B, towers, out_features]."""
         if self.tower_of != [*range(values.shape[1])]:  # a copy in the backward that is seldom needed
@@ -123,11 +127,12 @@ class DotTowers(TaskTowers):
         width = config.item_layer_sizes[-1]
         super().__init__(config, in_features=in_features, tower_of=tower_of, out_features=width)
         self.item_tower = StackedMLP(1, item_features, config.item_layer_sizes, activate_last=False)
+        self.item_tower.weights[-1].data *= width**-0.5  # a product of r terms starts no larger than one of them
         self.bias = nn.Parameter(torch.zeros(len(tower_of)))
         self.domain_bias = nn.Parameter(torch.zeros(num_domains, len(tower_of)))
 
-    def item(self, x: Tensor) -> Tensor:
-        """What the item tower reads [B, d_item] -> the item's vector [B, r]."""
+    def items(self, x: Tensor) -> Tensor:
+        """See `TaskTowers.items`."""
         return self.item_tower(x)[0]
 
     def forward(self, values: Tensor, items: Tensor | None = None, domain_id: Tensor | None = None) -> Tensor:

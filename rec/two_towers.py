@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from rec.model import ModelConfig
 from rec.schema import DataConfig
 from rec.serving import Served
-from rec.towers import DotTowersConfig
+from rec.towers import DotTowers, DotTowersConfig
 
 _ROWS = 3  # of the inputs that programs are traced with
 
@@ -33,6 +33,7 @@ class ItemSide(nn.Module):
         assert ranker.item_inputs is not None
         self.sparse, self.dense, self.num_dense = ranker.item_inputs.sparse, ranker.item_inputs.dense, data.num_dense
         self.embeddings = served.embeddings.only(self.sparse)
+        assert isinstance(ranker.towers, DotTowers)
         self.inputs, self.item_tower = ranker.item_inputs, ranker.towers.item_tower
 
     def forward(self, values: dict[str, Tensor], lengths: dict[str, Tensor], dense: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rec.config import compose
+
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = platform.python_version()
 SCRIPTS = [
@@ -311,6 +313,29 @@ class TestStudy:
         assert trained == ["shared_bottom", "mmoe", "ple"]
         assert sum("-m rec.widen experiment=kuairand experts=" in call for call in calls) == 3
         assert "rec.calibrate run_dir=out/kuairand/calibrated" in calls[-1] and "--valid-days 1" in calls[-3]
+
+    @pytest.mark.parametrize(
+        ("study", "trained", "compared"),
+        [
+            ("taobao", 10, 3),
+            ("apps", 6, 1),
+            ("mtmd", 4 + 4, 1),
+            ("kuairand_din", 2, 1),
+            ("kuairand_tabs", 2 + 15, 1),
+            ("census", 7 + 7, 0),
+            ("adult", 7 + 7, 0),
+        ],
+    )
+    def test_every_arm_of_a_study_is_trained_and_every_override_composes(self, installed, study, trained, compared):
+        done = installed.run("launch/study.sh", study, SEEDS="3", RAW="/raw", OUT="out")
+        assert done.returncode == 0, done.stderr
+        calls = installed.calls()
+        trained_with = [call.split("rec.train ")[1] for call in calls if "rec.train " in call]
+        trainings = [[word for word in call.split() if not word.startswith("OMP=")] for call in trained_with]
+        assert len(trainings) == trained
+        assert sum("rec.compare" in call for call in calls) == compared
+        for overrides in trainings:
+            compose(overrides)
 
     @pytest.mark.parametrize(
         ("arguments", "code", "said"),

@@ -29,7 +29,7 @@ def dot_towers() -> DotTowers:
 
 def test_two_towers_are_a_product_and_biases_of_task_and_domain() -> None:
     module, values, item = dot_towers(), torch.randn(3, 2, 4), torch.randn(3, 7)
-    items = module.item(item)
+    items = module.items(item)
     logits = module(values, items, torch.tensor([1, 0, -1]))
     assert items.shape == logits.shape == (3, 3)
     for b, domain in enumerate((1, 0, None)):
