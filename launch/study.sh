@@ -74,7 +74,7 @@ alone() {
     for arm in "${all[@]}"; do
         "$python" -m rec.report "${seeds[@]/#/$out/$arm/}" --split test --domains --markdown >"$out/report_$arm.md"
     done
-    grep -m 1 "^| task" "$out/report_${all[0]}.md" | sed "s/^| task/| model | task/"
+    { grep -m 1 "^| task" "$out/report_${all[0]}.md" || true; } | sed "s/^| task/| model | task/"
     echo "|:--|:--|--:|--:|--:|--:|--:|--:|--:|"
     for domain in "$@"; do
         "$python" -m rec.report "${seeds[@]/#/$out/alone_$domain/}" --split test --domains --markdown >"$out/report_alone_$domain.md"

@@ -133,7 +133,7 @@ class TwoTowers(nn.Module):
         """Logits [B, T]."""
         query, item = inputs.x.split([QUERY_SIZE, ITEM_SIZE], dim=1)
         values = self.bottom(ExpertInputs(query, inputs.draws)).values
-        return self.towers(values, self.towers.item(item), torch.zeros_like(inputs.domains))
+        return self.towers(values, self.towers.items(item), torch.zeros_like(inputs.domains))
 
 
 class Separate(Experts):
