@@ -240,7 +240,7 @@ class TestProgram:
         assert (
             shapes["ranker.towers.towers.weights.0"][0] == 1 and shapes["ranker.experts.gates.logits.weights.0"][0] == 1
         )
-        assert sum(name.startswith("tables") for name in shapes) == 4  # item is shared by two features
+        assert sum(name.startswith("embeddings.tables") for name in shapes) == 4  # item is shared by two features
 
 
 def test_inputs_of_is_the_columns_row_by_row() -> None:

@@ -12,7 +12,7 @@ from tests.conftest import CONF, torchrun, toy_overrides
 
 def test_every_kind_of_sharding_gives_the_one_device_network(toy: Path) -> None:
     done = torchrun("tests/workers/sharding_worker.py", str(toy), ranks=2)
-    row_wise, table_wise, column_wise, auto, mixed = (
+    row_wise, table_wise, column_wise, auto, mixed, *with_all_parts = (
         eval(line) for line in done.stdout.splitlines() if line.startswith("{")
     )
     assert set(row_wise.values()) == {"row_wise"}
@@ -20,6 +20,11 @@ def test_every_kind_of_sharding_gives_the_one_device_network(toy: Path) -> None:
     assert set(column_wise.values()) == {"column_wise"}
     assert "column_wise" not in auto.values()  # it would give a row several accumulators
     assert (mixed["user"], mixed["item"], mixed["query"]) == ("table_wise", "column_wise", "row_wise")
+    # and with an attended history, whose table gives a vector an id, and a linear part
+    for kind, plan in zip(("row_wise", "table_wise", "column_wise"), with_all_parts, strict=False):
+        assert set(plan.values()) == {kind}
+        assert {"item", "linear/user", "linear/item"} <= set(plan)
+    assert len(with_all_parts) == 4
 
 
 def test_any_piece_of_a_table_starts_with_the_table_s_values() -> None:
