@@ -13,7 +13,7 @@ from rec.features import DataError
 from rec.schema import ConfigError
 from tests.conftest import CONF, toy_overrides, toy_table, write_toy
 from tests.test_checkpoint import one_process, train
-from tests.test_train import events
+from tests.test_train import events, known
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,6 @@ def evaluate(run_dir: Path, *arguments: str) -> dict:
     """The `eval` event that an evaluation appends."""
     evaluation.run([f"run_dir={run_dir}", *arguments])
     return events(run_dir, "eval")[-1]
-
-
-def known(values: dict) -> dict:
-    """The metrics with a meaning."""
-    return {name: value for name, value in values.items() if value is not None}
 
 
 class TestNumbers:
