@@ -37,6 +37,7 @@ from rec.losses import MultitaskLoss
 from rec.mixtures import ExpertInputs, Experts, ExpertsConfig, Mixture, Sizes
 from rec.model import Ranker
 from rec.optim import freeze
+from rec.schema import ConfigError
 from rec.towers import DotTowers, DotTowersConfig, TowersConfig
 from rec.widen import closest_width
 from rec.worlds import World, make_generator, take
@@ -153,8 +154,8 @@ class Separate(Experts):
         return Mixture(logits * F.one_hot(inputs.domains, len(self.models)).unsqueeze(1))
 
     def prune(self, tasks: list[int]) -> None:
-        """A study serves nothing."""
-        raise NotImplementedError
+        """Raises ConfigError: a study serves nothing."""
+        raise ConfigError("separate models are for studies and are not served; train one run a domain (rec.select)")
 
 
 EXPERTS[SeparateConfig] = Separate

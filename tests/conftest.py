@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "tests" / "conf"
+TWO_TOWERS = [
+    "towers=dot",
+    "model.towers.item_features=[item,text]",
+    "model.towers.item_layer_sizes=[8,6]",
+    "experts=mtmd",
+]
 KUAIRAND = ROOT.parent / "shared" / "data" / "KuaiRand-Pure"
 
 
@@ -86,3 +93,12 @@ def torchrun(
     if check and done.returncode:
         pytest.fail(f"{' '.join(command)} on {ranks} ranks ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
+
+
+@pytest.fixture(scope="session")
+def two_tower_run(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run of two towers on two ranks."""
+    run_dir = tmp_path_factory.mktemp("two") / "run"
+    jobs = [toy_overrides(toy, *TWO_TOWERS, f"run_dir={run_dir}", "trainer.max_steps=8", "trainer.eval_split=null")]
+    torchrun("tests/workers/train_worker.py", json.dumps(jobs), ranks=2)
+    return run_dir

@@ -1,27 +1,22 @@
 import json
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from rec import export as exporting
-from rec import items as indexing
-from rec.config import Config, compose, load
+from rec.config import Config, compose
 from rec.data import Reader
-from rec.distributed import process_group
 from rec.model import Ranker
 from rec.schema import ConfigError
 from rec.serving import Served, inputs_of
-from rec.two_towers import ItemSide, QuerySide, side_inputs, side_program, sides_of
-from tests.conftest import CONF, torchrun, toy_overrides
+from rec.two_towers import ItemSide, side_inputs, side_program, sides_of
+from tests.conftest import CONF, TWO_TOWERS, toy_overrides
 from tests.test_checkpoint import one_process
-
-TWO = ["towers=dot", "model.towers.item_features=[item,text]", "model.towers.item_layer_sizes=[8,6]", "experts=mtmd"]
 
 
 def config_of(toy: Path, *changes: str) -> Config:
-    return compose(toy_overrides(toy, *TWO, *changes), config_dir=str(CONF))
+    return compose(toy_overrides(toy, *TWO_TOWERS, *changes), config_dir=str(CONF))
 
 
 @pytest.fixture(scope="module")
@@ -103,49 +98,9 @@ def test_what_would_have_an_item_know_the_query_is_refused(toy: Path, changes: l
         config_of(toy, *changes)
 
 
-@pytest.fixture(scope="module")
-def run_dir(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("two") / "run"
-    jobs = [toy_overrides(toy, *TWO, f"run_dir={run_dir}", "trainer.max_steps=8", "trainer.eval_split=null")]
-    torchrun("tests/workers/train_worker.py", json.dumps(jobs), ranks=2)
-    return run_dir
-
-
-def test_export_writes_and_checks_both_sides(run_dir: Path) -> None:
+def test_export_writes_and_checks_both_sides(two_tower_run: Path) -> None:
     with one_process():
-        exporting.run([f"run_dir={run_dir}"])
-    folder = run_dir / "export"
+        exporting.run([f"run_dir={two_tower_run}"])
+    folder = two_tower_run / "export"
     assert {path.name for path in folder.iterdir()} == set(exporting.FILES)
     assert json.loads((folder / "schema.json").read_text())["check"]["max_difference"] < 1e-5
-
-
-def test_the_index_holds_every_item_once_as_last_seen(run_dir: Path) -> None:
-    with one_process():
-        indexing.run([f"run_dir={run_dir}", "split=valid"])
-    index = pq.read_table(run_dir / "items.parquet")
-    config = load(run_dir / "config.yaml")
-    path = next((run_dir / "checkpoints").glob("step_*"))
-    with one_process(), process_group(timeout_s=60):
-        network = exporting.load_served(config, path, calibrated=False)
-    item, query = sides_of(network, config.data)
-    assert isinstance(query, QuerySide)
-    reader = Reader(config.data, config.reader, split="valid", training=False)
-    last: dict[int, torch.Tensor] = {}
-    seen: dict[int, int] = {}
-    for batch in reader.batches():
-        inputs = inputs_of(batch, batch.num_rows)
-        vectors = item(**side_inputs(item, inputs))
-        for row, key in enumerate(inputs["values"]["item"].tolist()):
-            if seen.get(key, -1) < batch.row_id[row]:
-                seen[key], last[key] = int(batch.row_id[row]), vectors[row]
-    assert index["item"].to_pylist() == sorted(last)
-    expected = torch.stack([last[key] for key in sorted(last)])
-    torch.testing.assert_close(torch.tensor(index["vector"].to_pylist()), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_run_without_an_item_tower_has_no_index(toy: Path) -> None:
-    config = compose(toy_overrides(toy), config_dir=str(CONF))
-    with pytest.raises(ConfigError, match="the run's network has no item tower"):
-        indexing.key_of(config, "")
-    with pytest.raises(ConfigError, match=r"key is 'user', expected an id feature of the item's side; .*valid: item"):
-        indexing.key_of(config_of(toy), "user")

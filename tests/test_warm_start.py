@@ -10,10 +10,9 @@ from rec.data import Reader
 from rec.model import Ranker
 from rec.schema import ConfigError
 from rec.warm_start import check_domains
-from tests.conftest import CONF, torchrun, toy_overrides
+from tests.conftest import CONF, TWO_TOWERS, torchrun, toy_overrides
 from tests.test_train import events, weights
 
-TWO = ["towers=dot", "model.towers.item_features=[item,text]", "model.towers.item_layer_sizes=[8,6]", "experts=mtmd"]
 KNOWN = ["data.domain.names=[home]", "data.domain.allow_unknown=true", "data.tasks.click.domains=[home]"]
 FROZEN = [
     "embeddings.*",
@@ -35,14 +34,21 @@ def runs(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     start = f"checkpoint.warm_start={folder}/one/checkpoints/step_000000006"
     quoted = "[" + ",".join(f'"{pattern}"' for pattern in FROZEN) + "]"
     jobs = [
-        toy_overrides(toy, *TWO, *STEPS, *KNOWN, f"run_dir={folder}/one"),
+        toy_overrides(toy, *TWO_TOWERS, *STEPS, *KNOWN, f"run_dir={folder}/one"),
         toy_overrides(
             toy,
-            *(*TWO, *STEPS, f"run_dir={folder}/two", start),
+            *(*TWO_TOWERS, *STEPS, f"run_dir={folder}/two", start),
             *("data.tasks.click.domains=[search]", f"optim.freeze={quoted}", "sharding.default=table_wise"),
         ),
         toy_overrides(
-            toy, *TWO, *STEPS, *KNOWN, f"run_dir={folder}/on", start, "optim.dense.lr=1e-12", "optim.sparse.lr=1e-12"
+            toy,
+            *TWO_TOWERS,
+            *STEPS,
+            *KNOWN,
+            f"run_dir={folder}/on",
+            start,
+            "optim.dense.lr=1e-12",
+            "optim.sparse.lr=1e-12",
         ),
     ]
     torchrun("tests/workers/train_worker.py", json.dumps(jobs), ranks=2)
@@ -100,7 +106,7 @@ def test_a_run_that_asks_for_none_has_none(runs: Path) -> None:
 
 
 def config_of(toy: Path, *changes: str) -> Config:
-    return compose(toy_overrides(toy, *TWO, *changes), config_dir=str(CONF))
+    return compose(toy_overrides(toy, *TWO_TOWERS, *changes), config_dir=str(CONF))
 
 
 def test_other_domains_are_refused(runs: Path, toy: Path) -> None:
