@@ -4,6 +4,7 @@ The map, in the order in which data flows; a module imports only from those abov
 columns, d network width, T tasks, N experts, H expert width.
 
     schema           YAML of a data set -> DataConfig: columns, tables, tasks, domains
+    storage          path or URI -> a place in a folder or an object store, and what its failures mean
 
   get data
     population       seed -> users, queries, listings and shops of the simulated market
@@ -18,6 +19,7 @@ columns, d network width, T tasks, N experts, H expert width.
   read
     hashing          ids of any kind -> uint64, the same in serving
     columns          one Arrow column -> checked numpy values
+    expected         schemas of files -> what is wrong with their columns, and with one another
     features         columns -> Batch: KeyedJaggedTensor, dense [B, F], labels and weights [B, T], domain_id and group_id [B]
     data             Parquet, seed, step -> this rank's Batch
 
@@ -38,6 +40,7 @@ columns, d network width, T tasks, N experts, H expert width.
     losses           logits, labels, weights [B, T] -> one loss
 
   spread over ranks
+    interrupts       SIGTERM -> a wish to stop, and an exit code of its own
     distributed      torchrun's environment -> process group, and a clean end
     weighting        tasks' losses and gradients -> one loss, agreed by all ranks
     optim            parameters -> fused sparse and dense optimizers, one schedule
@@ -55,8 +58,15 @@ columns, d network width, T tasks, N experts, H expert width.
     isotonic         logits, labels over ranks -> monotone curves by domain
     calibration      these -> calibrators, kept with a checkpoint
     reliability      logits, labels over ranks -> bins of predictions and rates
-    checkpoint       state over ranks <-> a folder, whole or invisible
+    tensor_files     tensors over ranks <-> files with sums
+    checkpoint       these, in the background, whole or invisible
     logs             events -> metrics.jsonl, TensorBoard, console
+    rng              generators of random numbers <-> tensors
+    guard            losses over ranks -> learn, skip or stop, and who is to blame
+    window           steps -> mean losses, rows a second, where the time went on each rank
+    watch            signs of life of all ranks -> who stands still, and its stacks
+    evaluation       batches of a split -> metrics over ranks
+    train_state      all that changes in training <-> tensors
     trainer          all of these -> a trained model
     config           conf/ and overrides -> Config
     warm_start       another run's checkpoint -> the weights that a new run starts from
@@ -85,5 +95,8 @@ columns, d network width, T tasks, N experts, H expert width.
     claims_features  of Taobao and AppS
     claims_domains   of MTMD
     study            a claim -> a table over worlds
+    findings         what was looked at -> a report
+    sample           a split -> some of its rows, and all that is wrong with them
+    checkup          Config, data, machine -> findings and remedies
     doctor           this machine -> findings and remedies
 """

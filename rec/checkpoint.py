@@ -1,28 +1,39 @@
-"""Checkpoints: whole or invisible, readable by any number of ranks under any sharding plan.
+"""Checkpoints: whole or invisible, written while training goes on, readable by any number of ranks under any sharding plan.
 
-    checkpoints/step_000001000/checkpoint.json     step, score, world size, version of the format, sizes of the files
+    checkpoints/step_000001000/checkpoint.json     step, score, world size, version of the format, SHA-256 of the files
     checkpoints/step_000001000/config.yaml         the configuration that wrote it
-    checkpoints/step_000001000/.metadata, *.distcp torch.distributed.checkpoint: model, both optimizers
+    checkpoints/step_000001000/plan.json           how its tables were sharded
+    checkpoints/step_000001000/.metadata, *.distcp torch.distributed.checkpoint: model, optimizers, state of the loop, random numbers
 
-A checkpoint is written into a hidden sibling and renamed when every rank is done, so that what has its name is complete.
-One that was cut short later (a full disk, an interrupted copy) shows by the sizes of its files and is passed over.
+Tensors are copied first; a thread then writes the copy, over a process group of its own. In a file system it writes into a hidden
+sibling, which is renamed when every rank is done. An object store cannot rename: there checkpoint.json, written last, makes a
+checkpoint visible. What was damaged later (a full disk, an interrupted copy, a bad sector) shows by sizes and sums and is passed over.
 """
 
+import copy
 import json
+import os
+import pickle
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from enum import Enum
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rec.distributed import from_main
 from rec.schema import ConfigError, check_range
+from rec.storage import is_local
+from rec.tensor_files import Sum, damage, read, staged, write
 
-VERSION = 1
+VERSION = 2  # 1 had sizes alone, and neither state of the loop nor random numbers; it is still read
 _INFO = "checkpoint.json"
 
 
@@ -39,14 +50,20 @@ class CheckpointConfig:
 
     resume: Resume = Resume.auto
     every_steps: int | None = None  # steps; besides, one is written at the end; null: only there
+    asynchronous: bool = (
+        True  # training goes on while one is written, which takes a copy of model and optimizers in memory
+    )
     warm_start: str | None = None  # a checkpoint's folder: its weights are what a new run starts from
+    rename: dict[str, str] = field(default_factory=dict)  # warm_start: beginning of a name here -> of the name there
     keep_last: int = 2  # newest checkpoints that stay, at least 1
     keep_best: int = 1  # best checkpoints that stay beside them, by trainer.monitor; 0 or more
+    timeout_s: float = 3600  # seconds that a rank waits for the others' writing
 
     def __post_init__(self) -> None:
         check_range("checkpoint.every_steps", self.every_steps, 1, 1e12)
         check_range("checkpoint.keep_last", self.keep_last, 1, 1e6)
         check_range("checkpoint.keep_best", self.keep_best, 0, 1e6)
+        check_range("checkpoint.timeout_s", self.timeout_s, 1, 1e6)
 
 
 @dataclass
@@ -59,9 +76,10 @@ class Info:
         score: the monitored metric at this step, higher is better; None if it was not evaluated.
         best_score: the best so far.
         stale_evals: evaluations since the best.
+        owes_eval: an evaluation was due at this step and did not take place, since the run was told to stop.
         world_size: ranks that wrote it; any number may read it.
         version: of the format.
-        files: name -> bytes, of the files beside checkpoint.json.
+        files: the files beside checkpoint.json, by name.
     """
 
     step: int
@@ -69,19 +87,40 @@ class Info:
     score: float | None = None
     best_score: float | None = None
     stale_evals: int = 0
+    owes_eval: bool = False
     world_size: int = 1
     version: int = VERSION
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, Sum] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "Info":
         """What the checkpoint in the folder `path` says, less what only a newer version knows."""
         said = json.loads((path / _INFO).read_text())
-        return cls(**{f.name: said[f.name] for f in fields(cls) if f.name in said})
+        info = cls(**{f.name: said[f.name] for f in fields(cls) if f.name in said})
+        info.files = {n: Sum(f, "") if isinstance(f, int) else Sum(**f) for n, f in said.get("files", {}).items()}
+        return info
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint in the folder `path`; None if nothing is."""
+class DamagedError(ConfigError):
+    """A checkpoint whose files are not as they were written."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written; the message names the folder and the cause."""
+
+
+@dataclass
+class Written:
+    """What became of a checkpoint: `error` is None when it lies, whole, in the folder `path`."""
+
+    path: Path
+    info: Info
+    seconds: float
+    error: str | None = None
+
+
+def _cut_short(path: Path) -> str | None:
+    """What is wrong with the checkpoint in the folder `path`, as far as names and sizes tell; None if nothing is."""
     try:
         files = Info.read(path).files
     except (OSError, ValueError, TypeError) as error:
@@ -90,8 +129,8 @@ def _damage(path: Path) -> str | None:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if name in files and file.stat().st_size != files[name]:
-            return f"{name} has {file.stat().st_size} bytes, {files[name]} were written"
+        if name in files and file.stat().st_size != files[name].bytes:
+            return f"{name} has {file.stat().st_size} bytes, {files[name].bytes} were written"
     return None
 
 
@@ -102,20 +141,32 @@ class Checkpoints:
         folder: where they lie.
         config: which stay.
         settings: the run's configuration as YAML, kept in every checkpoint.
+        plan: how its tables are sharded, as JSON, kept likewise.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, *, settings: str = "") -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, *, settings: str = "", plan: str = "{}") -> None:
         self.folder = folder
         self.config = config
-        self.settings = settings
+        self.beside = {"config.yaml": settings, "plan.json": plan}
+        self._damaged: dict[Path, str] = {}  # by their sums, which only `newest` looks at
+        self._group: dist.ProcessGroup | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Written] | None = None
 
     def all(self) -> dict[Path, Info]:
         """Whole checkpoints, oldest first."""
-        return {path: Info.read(path) for path in sorted(self.folder.glob("step_*")) if not _damage(path)}
+        return {path: Info.read(path) for path in self._visible() if not self._why_damaged(path)}
 
     def damaged(self) -> dict[Path, str]:
         """Checkpoints that cannot be read, with the reason, oldest first."""
-        return {path: why for path in sorted(self.folder.glob("step_*")) if (why := _damage(path))}
+        return {path: why for path in self._visible() if (why := self._why_damaged(path))}
+
+    def _visible(self) -> list[Path]:
+        found = [path for path in _children(self.folder) if path.name.startswith("step_")]
+        return [path for path in found if is_local(path) or (path / _INFO).is_file()]
+
+    def _why_damaged(self, path: Path) -> str | None:
+        return self._damaged.get(path) or _cut_short(path)
 
     def find(self, which: str = "latest") -> Path | None:
         """The checkpoint called `latest`, `best`, or by its step; None if there is none at all.
@@ -144,42 +195,81 @@ class Checkpoints:
             + (f"; damaged: {'; '.join(damaged)}" if damaged else "")
         )
 
-    def save(self, state: dict[str, Any], info: Info) -> Path:
-        """Write a checkpoint and drop those that need not stay. Ranks wait for each other here."""
-        final = self.folder / f"step_{info.step:09d}"
-        draft = self.folder / f".writing_{final.name}"
-        self._on_main(lambda: shutil.rmtree(draft, ignore_errors=True))
-        dcp.save(state, checkpoint_id=str(draft))
-
-        def publish() -> None:
-            (draft / "config.yaml").write_text(self.settings)
-            info.world_size = dist.get_world_size()
-            info.files = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
-            (draft / _INFO).write_text(json.dumps(asdict(info)))
-            shutil.rmtree(final, ignore_errors=True)
-            draft.rename(final)
-            self._prune()
-
-        self._on_main(publish)
-        return final
-
-    def load(self, path: Path, state: dict[str, Any]) -> Info:
-        """Fill the tensors of `state` in place. Ranks wait for each other here.
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose files are, bit for bit, as they were written. Ranks wait for each other here.
 
         Raises:
-            ConfigError: the checkpoint does not fit the model, or was written by a newer version of the format.
+            ConfigError: checkpoints, but none that is whole.
         """
-        info = Info.read(path)
-        if info.version > VERSION:
-            raise ConfigError(
-                f"{path} has format {info.version}, this version reads up to {VERSION}; update to read it"
-            )
+        while True:
+            found = from_main(_attempt(self.find) if dist.get_rank() == 0 else None)
+            if isinstance(found, ConfigError):
+                raise found
+            if found is None:
+                return None
+            assert isinstance(found, Path)
+            why = _altered(found)
+            if why is None:
+                return found
+            self._damaged[found] = why
+
+    # ---- writing
+
+    def save(self, state: dict[str, Any], info: Info) -> None:
+        """Begin to write a checkpoint; `finish` the one before first. Ranks wait for each other here."""
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.config.timeout_s))
+        self._writing = self._thread.submit(self._write, staged(state), copy.deepcopy(info))
+        if not self.config.asynchronous:
+            self._writing.exception()  # waits; what came of it is told by `finish` and `poll`
+
+    def poll(self) -> Written | None:
+        """What became of the last checkpoint, once, if it is done; None while it is being written. Waits for nobody."""
+        return self.finish() if self._writing is not None and self._writing.done() else None
+
+    def finish(self) -> Written | None:
+        """Wait for the checkpoint that is being written; what became of it, or None if there is none or it was told before."""
+        writing, self._writing = self._writing, None
+        return writing.result() if writing is not None else None
+
+    def close(self) -> None:
+        """Wait for the writing thread and end it."""
+        self._thread.shutdown(wait=True)
+        self._group = None
+
+    def _write(self, state: dict[str, Any], info: Info) -> Written:
+        started = time.monotonic()
+        final = self.folder / f"step_{info.step:09d}"
+        draft = self.folder / f".writing_{final.name}" if is_local(final) else final
+        error = None
         try:
-            dcp.load(state, checkpoint_id=str(path))
-        except CheckpointException as error:
-            first = next(iter(error.failures.values()))[0]
-            raise ConfigError(f"{path} does not fit this configuration: {first}") from error
-        return info
+            self._on_main(lambda: _make_empty(draft))
+            sums = self._gathered(write(state, draft, group=self._group))  # type: ignore[arg-type]
+            self._on_main(lambda: self._publish(draft, final, info, sums))
+        except (SaveError, CheckpointException, OSError) as failed:
+            error = f"{final} could not be written: {_cause(failed)}{_room(self.folder)}"
+            if dist.get_rank() == 0:
+                _remove(draft)
+        return Written(final, info, time.monotonic() - started, error)
+
+    def _gathered(self, sums: dict[str, Sum]) -> dict[str, Sum]:
+        """The sums of all ranks' files."""
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, sums, group=self._group)
+        return {name: of for part in every for name, of in part.items()}
+
+    def _publish(self, draft: Path, final: Path, info: Info, sums: dict[str, Sum]) -> None:
+        for name, text in self.beside.items():
+            (draft / name).write_text(text)
+            sums[name] = Sum(len(text.encode()), sha256(text.encode()).hexdigest())
+        info.world_size, info.files = dist.get_world_size(), dict(sorted(sums.items()))
+        (draft / _INFO).write_text(json.dumps(asdict(info)))
+        if draft != final:
+            _flush(draft / _INFO)
+            _remove(final)
+            draft.rename(final)
+            _flush(self.folder)
+        self._prune()
 
     def _prune(self) -> None:
         found = self.all()
@@ -188,14 +278,116 @@ class Checkpoints:
             (p for p in found if found[p].score is not None), key=lambda p: found[p].score or 0.0, reverse=True
         )
         keep = set(newest_first[: self.config.keep_last]) | set(best_first[: self.config.keep_best])
-        for path in set(found) - keep:  # hidden first: half a checkpoint must not have the name of one
-            path.rename(path.with_name(f".dropping_{path.name}"))
-        for path in self.folder.glob(".*_step_*"):  # also what a kill left behind
-            shutil.rmtree(path, ignore_errors=True)
+        for path in set(found) - keep:
+            _remove(path)
+        for path in _children(self.folder):  # what a kill left behind
+            if path.name.startswith((".writing_step_", ".dropping_step_")):
+                _remove(path)
 
     def _on_main(self, action: Callable[[], None]) -> None:
-        """Run `action` on rank 0 alone while the others wait."""
-        if dist.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            action()
-        dist.barrier()
+        """Run `action` on rank 0 alone while the others wait; where it fails, it fails on all."""
+        failed = _attempt(action) if dist.get_rank() == 0 else None
+        box = [_cause(failed) if isinstance(failed, Exception) else None]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        if box[0]:
+            raise SaveError(box[0])
+
+    # ---- reading
+
+    def load(self, path: Path, state: dict[str, Any], *, checked: bool = False) -> Info:
+        """Fill the tensors of `state` in place. Ranks wait for each other here.
+
+        Args:
+            path: a checkpoint's folder.
+            state: nested tensors.
+            checked: its files' sums have been compared already, as `newest` does.
+
+        Raises:
+            DamagedError: a file is not as it was written.
+            ConfigError: the checkpoint does not fit the model, or was written by a newer version of the format.
+        """
+        info = Info.read(path)
+        if info.version > VERSION:
+            raise ConfigError(
+                f"{path} has format {info.version}, this version reads up to {VERSION}; update to read it"
+            )
+        why = None if checked else _altered(path)
+        if why:
+            raise DamagedError(f"{path} is damaged: {why}; choose another checkpoint, or copy this one again")
+        try:
+            read(state, path)
+        except CheckpointException as error:
+            first = next(iter(error.failures.values()))[0]
+            if isinstance(first, pickle.UnpicklingError):
+                raise ConfigError(f"{path} is no checkpoint of rec.train and was not read: {first}") from error
+            raise ConfigError(f"{path} does not fit this configuration: {first}") from error
+        return info
+
+
+def _altered(path: Path) -> str | None:
+    """What is wrong with the content of a checkpoint's files; ranks share the reading and wait for each other here."""
+    sums = {name: of for name, of in Info.read(path).files.items() if of.sha256}
+    own = damage(path, sums, sorted(sums)[dist.get_rank() :: dist.get_world_size()])
+    every: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return next((why for why in every if why), None)
+
+
+def _attempt(action: Callable[[], Any]) -> Any:
+    """What `action` returns, or the exception that it raises."""
+    try:
+        return action()
+    except Exception as error:
+        return error
+
+
+def _cause(error: BaseException) -> str:
+    """The first of the failures of all ranks, in one line."""
+    if isinstance(error, CheckpointException):
+        rank, (failed, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_cause(failed)}"
+    while error.__context__ is not None and not isinstance(error, OSError):
+        error = error.__context__  # the writer of tensors says that writing failed, the disk why
+    return str(error) if isinstance(error, SaveError) else f"{type(error).__name__}: {error}"
+
+
+def _room(folder: Path) -> str:
+    """The free space of a local folder, in words."""
+    try:
+        return f"; {shutil.disk_usage(folder).free >> 20:,} MiB are free there" if is_local(folder) else ""
+    except OSError:
+        return ""
+
+
+def _children(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted; nothing if there is no such folder."""
+    try:
+        return sorted(folder.iterdir(), key=str)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _make_empty(folder: Path) -> None:
+    _remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint or a draft; half of one must not look like a whole one."""
+    if not is_local(path):
+        (path / _INFO).unlink(missing_ok=True)
+        if path.exists():
+            path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
+        return
+    if path.is_dir() and not path.name.startswith("."):
+        path = path.rename(path.with_name(f".dropping_{path.name}"))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have a file's or a folder's content on the disk before going on, also if the power fails."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -30,6 +30,7 @@ from torch import Tensor
 from rec.features import Batch, DataError, Encoder
 from rec.hashing import mix
 from rec.schema import ConfigError, DataConfig, check_range, nearest
+from rec.storage import Attempts, StoreError, check_bucket, filesystem
 
 
 @dataclass
@@ -40,11 +41,15 @@ class ReaderConfig:
     shuffle_rows: int = 262_144  # rows a step is drawn from; memory over all ranks grows with it
     shuffle: bool = True  # training: permute row groups and rows; false keeps the order of the files exactly
     prefetch_batches: int = 4  # batches made ahead by a background thread; 0 makes them in the training thread
+    retries: int = (
+        4  # times that a failed read from an object store is tried again, after 1, 2, 4 ... s; never a local one
+    )
 
     def __post_init__(self) -> None:
         check_range("reader.global_batch_size", self.global_batch_size, 1, 2**31)
         check_range("reader.shuffle_rows", self.shuffle_rows, 1, 2**40)
         check_range("reader.prefetch_batches", self.prefetch_batches, 0, 1000)
+        check_range("reader.retries", self.retries, 0, 100)
 
 
 @dataclass(frozen=True)
@@ -65,20 +70,23 @@ class Split:
     Args:
         data: description of the data set.
         name: one of `data.splits`.
+        retries: see `ReaderConfig`.
 
     Raises:
         ConfigError: no such split.
         DataError: no files, or a file that cannot be read.
     """
 
-    def __init__(self, data: DataConfig, name: str) -> None:
+    def __init__(self, data: DataConfig, name: str, *, retries: int = ReaderConfig.retries) -> None:
         if name not in data.splits:
             raise ConfigError(f"data set '{data.name}' has no split '{name}': {nearest(name, data.splits)}")
         self.name = name
         self.filesystem, root = _open(data.path)
+        self.attempts = Attempts(0 if isinstance(self.filesystem, fs.LocalFileSystem) else retries)
         self._parquet = lru_cache(maxsize=64)(self._open_file)  # open files
-        self.files = _files(self.filesystem, root, data.splits[name])
+        self.files = self._list(root, data)
         if not self.files:
+            check_bucket(self.filesystem, root)
             raise DataError(
                 f"no Parquet files in split '{name}' ({data.splits[name]}) of data.path={data.path}; make the data set first "
                 f"(the comment on top of conf/data/{data.name}.yaml says how) or set data.path"
@@ -91,18 +99,37 @@ class Split:
             ]
         self.num_rows = sum(group.num_rows for group in self.row_groups)
 
+    def _list(self, root: str, data: DataConfig) -> list[str]:
+        where = f"split '{self.name}' of data.path={data.path}"
+        try:
+            return self.attempts(lambda: _files(self.filesystem, root, data.splits[self.name]), where=where)
+        except (StoreError, pa.ArrowException, OSError) as error:
+            raise DataError(f"{where}: cannot be listed: {error}") from error
+
+    def schemas(self) -> dict[str, pa.Schema]:
+        """The schema of each file."""
+        return {file: self._parquet(file).schema_arrow for file in self.files}
+
     def check_schema(self, encoder: Encoder) -> None:
         """Raise one `DataError` that lists everything wrong with the columns of any file."""
-        findings = []
-        for file in self.files:
-            findings += encoder.check_schema(self._parquet(file).schema_arrow, file)
+        findings = encoder.check_schemas(self.schemas())
         if findings:
             raise DataError("the files do not fit the configuration:\n  " + "\n  ".join(findings))
 
     def read(self, group: RowGroup, columns: list[str]) -> pa.Table:
         """Decode `columns` of one row group."""
+
+        def decode() -> pa.Table:
+            try:
+                return self._parquet(group.file).read_row_group(group.index, columns=columns, use_threads=False)
+            except (pa.ArrowException, OSError):
+                self._parquet.cache_clear()  # opened anew when it is tried again
+                raise
+
         try:
-            return self._parquet(group.file).read_row_group(group.index, columns=columns, use_threads=False)
+            return self.attempts(decode, where=str(group))
+        except StoreError as error:
+            raise DataError(f"{group}: cannot be read: {error}; {_STORE_REMEDY}") from error
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{group}: cannot be decoded ({error}); the file is damaged or truncated, write it again"
@@ -110,20 +137,23 @@ class Split:
 
     def _open_file(self, file: str) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(file, filesystem=self.filesystem)
+            return self.attempts(lambda: pq.ParquetFile(file, filesystem=self.filesystem), where=file)
+        except StoreError as error:
+            raise DataError(f"{file}: cannot be opened: {error}; {_STORE_REMEDY}") from error
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file}: not a readable Parquet file ({error}); write it again or remove it") from error
 
 
+_STORE_REMEDY = "look at the store and the file there, or set reader.retries higher"
+
+
 def _open(path: str) -> tuple[fs.FileSystem, str]:
-    if "://" in path:
-        try:
-            return fs.FileSystem.from_uri(path)
-        except (pa.ArrowException, OSError) as error:
-            raise ConfigError(
-                f"data.path is {path}, which Arrow cannot open ({error}); expected a folder, or a URI such as s3://bucket/folder"
-            ) from error
-    return fs.LocalFileSystem(), path
+    try:
+        return filesystem(path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"data.path is {path}, which Arrow cannot open ({error}); expected a folder, or a URI such as s3://bucket/folder"
+        ) from error
 
 
 def _files(filesystem: fs.FileSystem, root: str, pattern: str) -> list[str]:
@@ -191,10 +221,13 @@ class Reader:
         self.seed = seed
         self.training = training
         self.encoder = Encoder(data, truth=truth, labels=labels)
-        self.split = Split(data, split)
+        self.split = Split(data, split, retries=config.retries)
         self.split.check_schema(self.encoder)
         if self.split.num_rows == 0:
-            raise DataError(f"split '{split}' of data.path={data.path} has {len(self.split.files)} files and no rows")
+            raise DataError(
+                f"split '{split}' of data.path={data.path} has {len(self.split.files)} files and no rows, expected at least one; "
+                f"write it again, or set data.splits.{split}"
+            )
         size = config.global_batch_size
         self.num_rows = self.split.num_rows
         self._first_rows = _first_rows(self.split.row_groups)
@@ -285,6 +318,12 @@ class Reader:
     def _decode(self, group: RowGroup) -> pa.Table:
         table = self.split.read(group, self.encoder.columns)
         return self.encoder.encode(table, str(group), first_row=self._first_rows[group])
+
+    def locate(self, row: int) -> str:
+        """The file, row group and row of the split's row `row`, in words."""
+        first = list(self._first_rows.values())
+        place = int(np.searchsorted(first, row, "right")) - 1
+        return f"{list(self._first_rows)[place]}, row {row - first[place]}"
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *key])

@@ -21,6 +21,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from rec.interrupts import STOPPED, StoppedError
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -103,6 +105,9 @@ def run_entry(entry: Callable[[], None], *, quiet: tuple[type[Exception], ...] =
     """
     try:
         entry()
+    except StoppedError as told:
+        print(told, file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
     except Exception as error:
         text = f"{type(error).__name__}: {error}" if isinstance(error, quiet) else traceback.format_exc()
         _report(error, text)

@@ -11,11 +11,13 @@ from pathlib import Path
 from torch import nn
 
 from rec import config as configuration
+from rec import storage
 from rec.calibration import FILE, Calibrators
 from rec.checkpoint import Checkpoints, Info
 from rec.config import Config
 from rec.data import Reader
 from rec.distributed import Rank, process_group, run_entry
+from rec.evaluation import evaluate
 from rec.features import DataError
 from rec.health import ExpertHealth, advice, table_of_health
 from rec.logs import RunLog, table_of
@@ -24,7 +26,6 @@ from rec.mixtures import GatedConfig
 from rec.predictions import About, PredictionWriter
 from rec.schema import ConfigError, DataConfig
 from rec.train import build_model
-from rec.trainer import evaluate
 
 ABOUT = """Evaluate a run's checkpoint on a split: prints a table and appends an `eval` event to the run's metrics.jsonl.
 
@@ -58,7 +59,10 @@ class Command:
         given = dict(argument.partition("=")[::2] for argument in arguments)
         if "run_dir" not in given:
             raise ConfigError(f"run_dir=DIR is missing: the folder of the run to {purpose}")
-        run_dir, own = Path(given.pop("run_dir")), {name: given.pop(name, value) for name, value in defaults.items()}
+        run_dir, own = (
+            storage.path(given.pop("run_dir")),
+            {name: given.pop(name, value) for name, value in defaults.items()},
+        )
         return cls(run_dir, own, [f"{key}={value}" for key, value in given.items()])
 
     def flag(self, name: str) -> bool:

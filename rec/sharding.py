@@ -160,7 +160,7 @@ def init_tables(embeddings: Embeddings, config: ShardingConfig, *, seed: int) ->
         name = key.split(".")[-2]
         table = embeddings.configs[name]
         limit = config.init_range if table.init_range is None else table.init_range
-        for tensor, (row, column) in _local_parts(weight):
+        for tensor, (row, column) in local_parts(weight):
             _fill(
                 tensor,
                 seed=zlib.crc32(name.encode()) + (seed << 32),
@@ -171,7 +171,7 @@ def init_tables(embeddings: Embeddings, config: ShardingConfig, *, seed: int) ->
             )
 
 
-def _local_parts(weight: Tensor | ShardedTensor) -> list[tuple[Tensor, Sequence[int]]]:
+def local_parts(weight: Tensor | ShardedTensor) -> list[tuple[Tensor, Sequence[int]]]:
     """The pieces of a table that live here, each with the row and column where it begins."""
     if isinstance(weight, ShardedTensor):
         return [(part.tensor, part.metadata.shard_offsets) for part in weight.local_shards()]
@@ -219,11 +219,11 @@ def table_statistics(parallel: DistributedModelParallel, fused: KeyedOptimizer) 
         torch.zeros(len(weights), device=device),
     )
     for i, name in enumerate(weights):
-        for tensor, _ in _local_parts(weights[name]):
+        for tensor, _ in local_parts(weights[name]):
             sums[i, 0] += tensor.numel()
             sums[i, 1] += tensor.double().square().sum()
             largest[i] = torch.maximum(largest[i], tensor.abs().max()) if tensor.numel() else largest[i]
-        for tensor, _ in _local_parts(accumulators[name]) if name in accumulators else []:
+        for tensor, _ in local_parts(accumulators[name]) if name in accumulators else []:
             sums[i, 2] += len(tensor)
             sums[i, 3] += (tensor.reshape(len(tensor), -1) != 0).any(dim=1).sum()
     dist.all_reduce(sums)

@@ -1,5 +1,6 @@
 """Train a ranker. `torchrun --standalone --nproc-per-node 2 -m rec.train experiment=quickstart trainer.max_steps=100`"""
 
+import json
 import os
 import time
 from contextlib import closing
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 
 from rec import config as configuration
-from rec.checkpoint import Checkpoints, Resume
+from rec import storage
+from rec.checkpoint import Checkpoints, Resume, SaveError
 from rec.config import Config
 from rec.data import Reader
 from rec.distributed import Rank, from_main, process_group, run_entry
 from rec.features import DataError
+from rec.guard import TroubleError
 from rec.health import ExpertHealth
+from rec.interrupts import StoppedError, tell_launcher
 from rec.logs import RunLog
 from rec.metrics import MultitaskMetrics
 from rec.mixtures import GatedConfig
@@ -46,7 +50,8 @@ def build(config: Config, rank: Rank, log: RunLog) -> Trainer:
     weighting = build_weighting(config.weighting, data.tasks).to(rank.device)
     model, optimizers = build_model(config, rank, reader.local_batch_size, weighting=weighting)
     metrics = MultitaskMetrics(data.tasks, domains=data.domains, config=config.metrics, grouped=data.group is not None)
-    folder = Path(config.run_dir or "") / "checkpoints"
+    run_dir = storage.path(config.run_dir or "")
+    folder, plan = run_dir / "checkpoints", describe_plan(model)
     gated = config.model.experts if isinstance(config.model.experts, GatedConfig) else None
     return Trainer(
         config.trainer,
@@ -60,8 +65,11 @@ def build(config: Config, rank: Rank, log: RunLog) -> Trainer:
         eval_reader=eval_reader,
         metrics=metrics.to(rank.device),
         health=ExpertHealth(list(data.tasks)).to(rank.device) if gated else None,
-        checkpoints=Checkpoints(folder, config.checkpoint, settings=configuration.to_yaml(config)),
+        checkpoints=Checkpoints(
+            folder, config.checkpoint, settings=configuration.to_yaml(config), plan=json.dumps(plan)
+        ),
         log=log,
+        run_dir=run_dir,
     )
 
 
@@ -84,19 +92,21 @@ def build_model(
     return sharded, Optimizers(sharded, config.optim, more=learned)
 
 
-def train(config: Config, rank: Rank) -> None:
-    """One run, from its configuration to its last checkpoint."""
-    with closing(RunLog(Path(config.run_dir or ""), active=rank.is_main)) as log:
-        _train(config, rank, log)
+def train(config: Config, rank: Rank) -> int | None:
+    """One run, from its configuration to its last checkpoint; the saved step if it was told to stop before its end, else None."""
+    with closing(RunLog(storage.path(config.run_dir or ""), active=rank.is_main)) as log:
+        trainer = build(config, rank, log)
+        with closing(trainer.checkpoints):
+            _train(config, rank, trainer)
+        return trainer.info.step if trainer.told_to_stop else None
 
 
-def _train(config: Config, rank: Rank, log: RunLog) -> None:
-    run_dir = Path(config.run_dir or "")
-    trainer = build(config, rank, log)
+def _train(config: Config, rank: Rank, trainer: Trainer) -> None:
+    run_dir, log = storage.path(config.run_dir or ""), trainer.log
+    resumed_from = _resume(config, trainer)
     for path, why in trainer.checkpoints.damaged().items():
         trainer.event("warning", message=f"{path} is damaged ({why}) and passed over")
         log.say(f"{path} is damaged ({why}) and passed over")
-    resumed_from = _resume(config, trainer)
     if config.checkpoint.warm_start and not resumed_from:
         taken = warm_start(trainer.model, config, Path(config.checkpoint.warm_start))
         said = f"{len(taken.whole)} weights taken from {config.checkpoint.warm_start}"
@@ -111,7 +121,7 @@ def _train(config: Config, rank: Rank, log: RunLog) -> None:
     reason = "was done already" if trainer.finished else None
     if not reason:
         trainer.train()
-        reason = trainer.finished
+        reason = "told to stop" if trainer.told_to_stop else trainer.finished
     for repair, count in trainer.reader.encoder.repairs.items():
         trainer.event("warning", message=f"{repair}: {count} values on rank 0")
     trainer.event("end", reason=reason, seconds=time.monotonic() - started)
@@ -162,15 +172,22 @@ def run_folder(configured: str | None) -> str:
 
 
 def run(config: Config) -> None:
-    """Join the ranks, agree on the folder, train."""
+    """Join the ranks, agree on the folder, train.
+
+    Raises:
+        StoppedError: told to stop by SIGTERM; the state is saved.
+    """
     with process_group(timeout_s=config.trainer.timeout_s) as rank:
         config.run_dir = str(from_main(run_folder(config.run_dir)))
-        train(config, rank)
+        stopped_at = train(config, rank)
+    if stopped_at is not None:
+        tell_launcher(stopped_at)
+        raise StoppedError(f"told to stop; saved at step {stopped_at:,} of {config.run_dir}, start again to go on")
 
 
 def main() -> None:
     """The command line."""
-    run_entry(lambda: configuration.main(run, about=ABOUT), quiet=(ConfigError, DataError))
+    run_entry(lambda: configuration.main(run, about=ABOUT), quiet=(ConfigError, DataError, TroubleError, SaveError))
 
 
 if __name__ == "__main__":

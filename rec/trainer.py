@@ -1,30 +1,35 @@
 """The training loop."""
 
-import resource
+import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from tqdm import tqdm
 
-from rec.checkpoint import Checkpoints, Info
+from rec.checkpoint import Checkpoints, Info, SaveError, Written
 from rec.data import Reader
 from rec.distributed import Rank, sum_over_ranks
+from rec.evaluation import evaluate
 from rec.features import Batch
+from rec.guard import Guard, GuardConfig, Trouble, TroubleError, Verdict, find_suspects
 from rec.health import ExpertHealth, HealthResult, advice, table_of_health
+from rec.interrupts import StoppedError, StopSignal
 from rec.logs import RunLog, table_of
 from rec.losses import Losses, MultitaskLoss
 from rec.metrics import EvalResult, MultitaskMetrics
 from rec.model import Outputs
 from rec.optim import Optimizers
-from rec.predictions import Correction, PredictionWriter, predict
 from rec.schema import ConfigError, TaskConfig, TaskKind, check_range, nearest
 from rec.sharding import table_statistics
+from rec.train_state import TrainState
+from rec.watch import Watch
 from rec.weighting import TaskWeighting, balance_loss
+from rec.window import Window
 
 _HIGHER = {"auc": 1, "pr_auc": 1, "gauc": 1, "logloss": -1, "ne": -1, "ece": -1}
 
@@ -43,6 +48,8 @@ class TrainerConfig:
     monitor_tasks: list[str] | None = None  # default: all binary tasks that are not auxiliary
     early_stop_evals: int | None = None  # stop after so many evaluations without a new best; null: never
     timeout_s: float = 600  # seconds that a rank waits for the others before it gives up
+    stall_s: float = 60  # seconds without movement after which a rank is reported; less than timeout_s
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         for name in (
@@ -55,6 +62,7 @@ class TrainerConfig:
         ):
             check_range(f"trainer.{name}", getattr(self, name), 1, 1e12)
         check_range("trainer.timeout_s", self.timeout_s, 1, 1e6)
+        check_range("trainer.stall_s", self.stall_s, 0.5, 1e6)
         if self.monitor not in _HIGHER:
             raise ConfigError(f"trainer.monitor is '{self.monitor}'; {nearest(self.monitor, _HIGHER)}")
 
@@ -84,6 +92,7 @@ class Trainer:
         health: diagnostics of gates and experts; None where there are none.
         checkpoints: where states are kept.
         log: where events go.
+        run_dir: the run's folder, for the stacks of a rank that stands still.
     """
 
     def __init__(
@@ -102,6 +111,7 @@ class Trainer:
         health: ExpertHealth | None,
         checkpoints: Checkpoints,
         log: RunLog,
+        run_dir: Path,
     ) -> None:
         self.config = config
         self.rank = rank
@@ -120,30 +130,70 @@ class Trainer:
         self.total_steps = reader.steps_per_epoch * config.num_epochs
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
-        self.info = Info(step=0, rows=0)
-        self._window = _Window(len(tasks), rank.device)
+        self.guard = Guard(config.guard, list(tasks))
+        self.window = Window(len(tasks), rank.device)
+        self.state = TrainState(model, optimizers, weighting, self.window, self.guard)
+        self.told_to_stop = False  # agreed by all ranks
+        self._signal = StopSignal()
+        stall_s = min(config.stall_s, config.timeout_s / 2)
+        self._watch = Watch(rank, run_dir, stall_s=stall_s, report=self._warn, told=lambda: self._signal.requested)
+        self._grad_norm = torch.zeros(())
+
+    @property
+    def info(self) -> Info:
+        """Steps done, rows seen, scores."""
+        return self.state.info
 
     def train(self) -> None:
-        """Train from where the state stands until `finished`. Ranks stay in step throughout."""
+        """Train from where the state stands until `finished` or told to stop. Ranks stay in step throughout.
+
+        Raises:
+            TroubleError: a step that must not be learned from.
+            SaveError: the last checkpoint could not be written.
+        """
         self.model.train()
-        with self._progress() as progress:
-            for batch in self.reader.batches(self.info.step, self.total_steps):
-                losses, grad_norm = self.train_step(batch)
-                self._count(batch, losses, progress)
-                last = self.info.step == self.total_steps
-                if last or self._due(self.config.log_every_steps):
-                    self._log_train(grad_norm, progress)
-                if last or self._due(self.config.eval_every_steps):
-                    self._evaluate()
-                if self.finished or self._is_best or self._due(self.checkpoints.config.every_steps):
-                    self._save()
-                if self.finished:
-                    break
+        self.window.restart(self.info.rows)
+        with self._progress() as progress, self._signal, self._watch:
+            if self.info.owes_eval:
+                self._evaluate_and_save()
+            if not self._ended:
+                for batch in self.window.waiting_for_data(self._batches()):
+                    self._step(batch, progress)
+                    if self._ended:
+                        break
+                    self._watch.moving("waiting for data", step=self.info.step)
+            self._finish_saving()
+
+    def _batches(self) -> Iterator[Batch]:
+        return self.reader.batches(self.info.step, self.total_steps)
+
+    def _step(self, batch: Batch, progress: tqdm) -> None:
+        """Learn from one batch, then do what is due after it."""
+        self.told_to_stop = self.train_step(batch)
+        self._count(progress)
+        last = self.info.step == self.total_steps
+        if last or self._due(self.config.log_every_steps):
+            self._log_train(progress)
+        self.info.owes_eval = last or self._due(self.config.eval_every_steps)
+        self._tell(self.checkpoints.poll())
+        self._evaluate_and_save()
+
+    def _evaluate_and_save(self) -> None:
+        if self.info.owes_eval and not self.told_to_stop:
+            self._evaluate()
+        if self._ended or self._is_best or self._due(self.checkpoints.config.every_steps):
+            self._save()
+
+    @property
+    def _ended(self) -> bool:
+        return self.told_to_stop or self.finished is not None
 
     @property
     def finished(self) -> str | None:
         """Why there is nothing left to train, or None."""
         patience, stale = self.config.early_stop_evals, self.info.stale_evals
+        if self.info.owes_eval:
+            return None
         if patience is not None and stale >= patience:
             return f"no better {self.config.monitor} in {stale} evaluations"
         return "all steps done" if self.info.step >= self.total_steps else None
@@ -153,20 +203,47 @@ class Trainer:
         """Whether this step was evaluated, is the best so far, and best checkpoints are kept."""
         return self.checkpoints.config.keep_best > 0 and self.info.score is not None and self.info.stale_evals == 0
 
-    def train_step(self, batch: Batch) -> tuple[Losses, torch.Tensor]:
-        """One step of all ranks: their batches together are one batch, and the loss is its mean."""
-        batch = batch.to(self.rank.device, non_blocking=True)
-        weights = self.loss.sampled(batch.labels, batch.weights, batch.draws)
-        own_weights = weights.sum(dim=0)
-        global_weights = sum_over_ranks(own_weights.clone())
+    def train_step(self, batch: Batch) -> bool:
+        """One step of all ranks: their batches together are one batch, and the loss is its mean.
+
+        Returns:
+            Whether SIGTERM has come to any rank.
+        """
+        with self.window.spending("peers"):
+            self._watch.moving("waiting for the other ranks", step=self.info.step)
+            batch = batch.to(self.rank.device, non_blocking=True)
+            weights = self.loss.sampled(batch.labels, batch.weights, batch.draws)
+            own_weights = weights.sum(dim=0)
+            global_weights = sum_over_ranks(own_weights.clone())
+        self._watch.moving("computing", step=self.info.step)
         self.optimizers.set_lr(self.lr_factor)
         self.optimizers.zero_grad()
         outputs = self.model(batch)
         losses = self.loss(outputs.logits, batch.labels, weights, global_weights, towers=outputs.towers)
         losses.total = self._total(losses, outputs, batch, own_weights / global_weights.clamp(min=1e-30))
-        (losses.total * self.rank.world_size).backward()  # TorchRec and DDP average gradients over ranks
-        self.weighting.sync_gradients()
-        return losses, self.optimizers.step()
+        verdict = self.guard.judge(losses.total, losses.by_task, told=self._signal.requested)
+        if verdict.trouble is None:
+            (losses.total * self.rank.world_size).backward()  # TorchRec and DDP average gradients over ranks
+            self.weighting.sync_gradients()
+            self._grad_norm = self.optimizers.step()
+            self.guard.note_gradient(self._grad_norm)
+            self.window.add(losses)
+        else:
+            self._handle(verdict, batch, outputs)
+        return verdict.told
+
+    def _handle(self, verdict: Verdict, batch: Batch, outputs: Outputs) -> None:
+        """Say what is wrong with a step, and stop unless it is to be skipped. Ranks wait for each other here."""
+        epoch, step = divmod(self.info.step, self.reader.steps_per_epoch)
+        suspects = find_suspects(self.model, batch, outputs.logits, self.reader)
+        text = f"step {self.info.step + 1} (epoch {epoch}, its step {step}): {verdict.why}{suspects}"
+        if verdict.trouble is Trouble.stop:
+            self._finish_saving()
+            raise TroubleError(
+                f"{text}. Nothing was learned from this step, and the newest checkpoint is older; mend the data or the settings "
+                "(optim.dense.clip_grad_norm, learning rates), or leave such steps out with trainer.guard.not_finite=skip"
+            )
+        self._warn(f"{text}; skipped, {self.guard.skipped} so far")
 
     def _total(self, losses: Losses, outputs: Outputs, batch: Batch, shares: torch.Tensor) -> torch.Tensor:
         """What is differentiated: the tasks' losses as weighed, and what gates, rows and weights are charged beside them."""
@@ -186,24 +263,10 @@ class Trainer:
         """What the schedule multiplies learning rates by in this step."""
         return self.optimizers.config.schedule.factor(self.info.step, self.total_steps)
 
-    def state(self) -> dict[str, Any]:
-        """Tensors of a checkpoint."""
-        state = {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict()}
-        weighting = self.weighting.state_dict()
-        return state | ({"weighting": weighting} if weighting else {})
-
     def resume(self) -> str | None:
         """Go on from the newest checkpoint, if there is one; gives its path. Ranks wait for each other here."""
-        path = self.checkpoints.find("latest")
-        if path is None:
-            return None
-        self.optimizers.init_state()  # Adam's state exists only after a first step, and only what exists is loaded
-        state = self.state()
-        self.info = self.checkpoints.load(path, state)
-        self.model.load_state_dict(state["model"])
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.weighting.load_state_dict(state.get("weighting", {}))
-        return str(path)
+        path = self.state.resume(self.checkpoints)
+        return str(path) if path else None
 
     def _progress(self) -> tqdm:
         return tqdm(
@@ -215,13 +278,12 @@ class Trainer:
             dynamic_ncols=True,
         )
 
-    def _count(self, batch: Batch, losses: Losses, progress: tqdm) -> None:
+    def _count(self, progress: tqdm) -> None:
         size = self.reader.config.global_batch_size
         epoch, step = divmod(self.info.step, self.reader.steps_per_epoch)
         self.info.step += 1
         self.info.score = None  # belongs to the step in which it was measured
         self.info.rows = epoch * self.reader.num_rows + min((step + 1) * size, self.reader.num_rows)
-        self._window.add(losses)
         progress.update(size)
 
     def _due(self, every: int | None) -> bool:
@@ -231,37 +293,48 @@ class Trainer:
         """Log an event at the current step."""
         self.log.event(event, step=self.info.step, rows=self.info.rows, **values)
 
-    def _log_train(self, grad_norm: torch.Tensor, progress: tqdm) -> None:
-        total, by_task, rows_per_second = self._window.close(self.info.rows)
-        memory = torch.tensor([_memory_mib(self.rank.device)])
-        dist.all_reduce(memory, dist.ReduceOp.MAX)
+    def _warn(self, message: str) -> None:
+        """Log a warning, and print it: of a rank that is not rank 0 it is only printed."""
+        self.event("warning", message=message)
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    def _log_train(self, progress: tqdm) -> None:
+        stretch = self.window.close(self.info.rows)
         factor = self.optimizers.config.schedule.factor(self.info.step - 1, self.total_steps)
         sparse = self.optimizers.config.sparse
         self.event(
             "train",
-            loss=total,
-            losses=dict(zip(self.tasks, by_task, strict=True)),
-            rows_per_second=rows_per_second,
+            loss=stretch.loss,
+            losses=dict(zip(self.tasks, stretch.by_task, strict=True)),
+            rows_per_second=stretch.rows_per_second,
+            seconds_per_step=stretch.seconds,
             lr=self.optimizers.config.dense.lr * factor,
             lr_sparse=sparse.lr * (factor if sparse.scheduled else 1.0),
-            grad_norm=grad_norm.item(),
+            grad_norm=self._grad_norm.item(),
+            skipped_steps=self.guard.skipped,
             **self.weighting.describe(),
-            memory_mib=round(memory.item()),
+            memory_mib=round(stretch.memory_mib),
         )
-        progress.set_postfix(loss=f"{total:.4f}", refresh=False)
+        progress.set_postfix(loss=f"{stretch.loss:.4f}", refresh=False)
 
     def _evaluate(self) -> None:
+        self.info.owes_eval = False
         if self.eval_reader is None:
             return
         started = time.monotonic()
-        result = evaluate(
-            self.model,
-            self.eval_reader,
-            self.metrics,
-            device=self.rank.device,
-            max_steps=self.config.eval_steps,
-            health=self.health,
-        )
+        try:
+            result = evaluate(
+                self.model,
+                self.eval_reader,
+                self.metrics,
+                device=self.rank.device,
+                max_steps=self.config.eval_steps,
+                health=self.health,
+                before_each=self._heed_signal,
+            )
+        except StoppedError:
+            self.told_to_stop = self.info.owes_eval = True
+            return
         experts = self.health.compute() if self.health else None
         self.model.train()
         self.event(
@@ -279,7 +352,14 @@ class Trainer:
         )
         if experts:
             self._report_health(experts)
-        self._window.restart(self.info.rows)
+        self.window.restart(self.info.rows)
+
+    def _heed_signal(self) -> None:
+        """Break an evaluation off on all ranks when one was told to stop. Ranks wait for each other here."""
+        self._watch.moving("evaluating", step=self.info.step)
+        told = torch.tensor(float(self._signal.requested), device=self.rank.device)
+        if sum_over_ranks(told).item():
+            raise StoppedError
 
     def _report_health(self, experts: HealthResult) -> None:
         self.log.say(f"\n{table_of_health(experts)}")
@@ -297,81 +377,26 @@ class Trainer:
             self.info.stale_evals += 1
 
     def _save(self) -> None:
-        path = self.checkpoints.save(self.state(), self.info)
-        self.event("checkpoint", path=str(path), score=self.info.score)
-        self._window.restart(self.info.rows)
+        if not self.guard.healthy:
+            return  # the next step says why
+        self._watch.moving("saving", step=self.info.step)
+        self._tell(self.checkpoints.finish())
+        self.checkpoints.save(self.state.tensors(), self.info)
+        self.window.restart(self.info.rows)
 
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written; it must not fail, since nothing would be saved after it."""
+        self._watch.moving("saving", step=self.info.step)
+        written = self.checkpoints.finish()
+        self._tell(written)
+        if written is not None and written.error:
+            raise SaveError(written.error)
 
-class _Window:
-    """Losses and speed since the last `train` event."""
-
-    def __init__(self, num_tasks: int, device: torch.device) -> None:
-        self.sums = torch.zeros(num_tasks + 1, dtype=torch.float64, device=device)
-        self.steps = 0
-        self.rows = 0
-        self.started = time.monotonic()
-
-    def add(self, losses: Losses) -> None:
-        self.sums[0] += losses.total.detach()
-        self.sums[1:] += losses.by_task
-        self.steps += 1
-
-    def close(self, rows: int) -> tuple[float, list[float], float]:
-        """Mean loss, mean loss of each task, and rows a second. Ranks wait for each other here."""
-        total, *by_task = (sum_over_ranks(self.sums) / max(1, self.steps)).tolist()
-        speed = (rows - self.rows) / max(1e-9, time.monotonic() - self.started)
-        self.sums.zero_()
-        self.steps = 0
-        self.restart(rows)
-        return total, by_task, speed
-
-    def restart(self, rows: int) -> None:
-        """Leave the time since out of the speed: it went into something other than training."""
-        self.rows, self.started = rows, time.monotonic()
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    reader: Reader,
-    metrics: MultitaskMetrics,
-    *,
-    device: torch.device,
-    max_steps: int | None = None,
-    calibrators: Correction | None = None,
-    predictions: PredictionWriter | None = None,
-    health: ExpertHealth | None = None,
-) -> EvalResult:
-    """Metrics of a split over all ranks, the same on each. Ranks stay in step throughout.
-
-    Args:
-        model: the sharded network.
-        reader: batches of the split.
-        metrics: reset, filled and computed here.
-        device: where the model lives.
-        max_steps: steps at most; None for the whole split.
-        calibrators: applied to the logits; None leaves them as they are.
-        predictions: also gets the rows; None keeps none.
-        health: reset and filled here, where the network has gates; None where it has none.
-    """
-    metrics.reset()
-    if health is not None:
-        health.reset()
-    predicting = predict(model, reader, device=device, max_steps=max_steps, calibrators=calibrators)
-    for step, predicted in enumerate(predicting):
-        batch, logits, gates = predicted.batch, predicted.logits, predicted.outputs.gate_weights
-        experts = predicted.outputs.expert_outputs
-        if health is not None and gates is not None and experts is not None:
-            rows_before = step * reader.config.global_batch_size
-            health.update(gates, experts, batch.row_id >= 0, rows_before=rows_before)
-        metrics.update(logits, batch.labels, batch.weights, batch.domain_id, batch.group_id, batch.truth)
-        if predictions is not None:
-            predictions.write(batch, logits)
-    return metrics.compute()
-
-
-def _memory_mib(device: torch.device) -> float:
-    """Peak memory of this rank so far: on the GPU if it has one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    def _tell(self, written: Written | None) -> None:
+        if written is None:
+            return
+        if written.error:
+            self._warn(f"{written.error}; training goes on, checkpoints before it stay")
+            return
+        values = {"path": str(written.path), "score": written.info.score, "seconds": written.seconds}
+        self.log.event("checkpoint", step=written.info.step, rows=written.info.rows, **values)

@@ -1,9 +1,11 @@
 import gc
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemWriter
 
 from rec import config as configuration
 from rec import train as training
@@ -18,6 +21,7 @@ from rec.checkpoint import VERSION, CheckpointConfig, Checkpoints, Info
 from rec.config import Config, compose
 from rec.distributed import process_group
 from rec.schema import ConfigError
+from rec.tensor_files import Sum
 from tests.conftest import CONF, toy_overrides, write_toy
 from tests.test_train import events, weights
 
@@ -113,6 +117,14 @@ class TestFind:
         assert checkpoints(tmp_path).find() is None and checkpoints(tmp_path).all() == {}
 
 
+def written(kept: Checkpoints, state: dict, info: Info) -> Path:
+    """Write a checkpoint and wait for it."""
+    kept.save(state, info)
+    done = kept.finish()
+    assert done is not None and done.error is None and kept.finish() is None
+    return done.path
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     ".metadata is missing": lambda path: (path / ".metadata").unlink(),
     ".metadata has 3 bytes, 8 were written": lambda path: os.truncate(path / ".metadata", 3),
@@ -181,7 +193,7 @@ class TestWritten:
         with one_process(), process_group():
             kept = checkpoints(tmp_path, keep_last=keep_last, keep_best=keep_best)
             for step, score in enumerate(scores, start=1):
-                path = kept.save({"w": torch.full((3,), float(step))}, Info(step=step, rows=step, score=score))
+                path = written(kept, {"w": torch.full((3,), float(step))}, Info(step=step, rows=step, score=score))
                 assert kept.find() == path
                 scored = sorted((s, n) for n, s in enumerate(scores[:step], start=1) if s is not None)
                 want = {n for _, n in scored[len(scored) - min(keep_best, len(scored)) :]}
@@ -194,35 +206,36 @@ class TestWritten:
         values = {"a": torch.randn(5, 3), "b": {"c": torch.randn(2, dtype=torch.float64), "n": torch.tensor(7)}}
         info = Info(step=3, rows=30, score=-0.5, best_score=0.25, stale_evals=2)
         with one_process(), process_group():
-            path = checkpoints(tmp_path).save(values, info)
+            path = written(checkpoints(tmp_path), values, info)
             state = {"a": torch.zeros(5, 3), "b": {"c": torch.zeros(2, dtype=torch.float64), "n": torch.tensor(0)}}
             back = checkpoints(tmp_path).load(path, state)
-        assert back == info and back.files == {p.name: p.stat().st_size for p in path.iterdir() if p.suffix != ".json"}
+        files = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "checkpoint.json"}
+        assert back == replace(info, files={n: Sum(len(b), hashlib.sha256(b).hexdigest()) for n, b in files.items()})
         assert torch.equal(state["a"], values["a"])
         assert torch.equal(state["b"]["c"], values["b"]["c"]) and state["b"]["n"] == 7
 
     def test_killed_while_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def killed(state: dict, *, checkpoint_id: str) -> None:
-            shutil.copytree(first, checkpoint_id)  # all but the last step of it
+        def killed(state: dict, *, storage_writer: FileSystemWriter, process_group: object) -> None:
+            shutil.copytree(first, storage_writer.path, dirs_exist_ok=True)  # all but the last step of it
             raise KeyboardInterrupt
 
         with one_process(), process_group():
             kept = checkpoints(tmp_path)
-            first = kept.save({"w": torch.ones(3)}, Info(step=1, rows=1))
+            first = written(kept, {"w": torch.ones(3)}, Info(step=1, rows=1))
             with monkeypatch.context() as patched:
                 patched.setattr(dcp, "save", killed)
                 with pytest.raises(KeyboardInterrupt):
-                    kept.save({"w": torch.zeros(3)}, Info(step=2, rows=2))
+                    written(kept, {"w": torch.zeros(3)}, Info(step=2, rows=2))
             assert (tmp_path / ".writing_step_000000002" / ".metadata").is_file()
             assert list(kept.all()) == [kept.find()] == [first]
-            after = kept.save({"w": torch.full((3,), 2.0)}, Info(step=3, rows=3))
+            after = written(kept, {"w": torch.full((3,), 2.0)}, Info(step=3, rows=3))
             assert kept.find() == after and not list(tmp_path.glob(".*"))  # the remains are cleared away
 
     def test_written_again(self, tmp_path: Path) -> None:
         with one_process(), process_group():
             kept, state = checkpoints(tmp_path), {"w": torch.zeros(3)}
             for value in (1.0, 2.0):
-                path = kept.save({"w": torch.full((3,), value)}, Info(step=1, rows=1))
+                path = written(kept, {"w": torch.full((3,), value)}, Info(step=1, rows=1))
             kept.load(path, state)
         assert state["w"].tolist() == [2.0] * 3 and list(kept.all()) == [path]
 
