@@ -129,9 +129,10 @@ mtmd)
     arms[star]="experiment=mtmd experts=star"
     arms[pepnet]="experiment=mtmd experts=pepnet"
     in_worlds model.experts.layer_sizes=[128,64]
-    for place in "${placements[@]}"; do
+    for number in "${!placements[@]}"; do # the log has their numbers
+        place=${placements[number]}
         for seed in "${seeds[@]}"; do
-            run "$python" -m rec.select --data "data/worlds/$seed" --out "data/worlds/${seed}_$place" --where placement="$place"
+            run "$python" -m rec.select --data "data/worlds/$seed" --out "data/worlds/${seed}_$place" --where placement="$number"
             # trained on its own rows, evaluated on all
             if [[ ! -d $out/alone_$place/$seed ]]; then
                 run "${torchrun[@]}" -m rec.train seed="$seed" run_dir="$out/alone_$place/$seed" experiment=mtmd experts=shared_bottom \

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,7 +58,12 @@ def process_group(*, timeout_s: float = 600) -> Iterator[Rank]:
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device if cuda else None)
+    timeout = timedelta(seconds=timeout_s)
+    whole, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store = _of_this_attempt(whole, rank, world_size, timeout_s=timeout_s)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device if cuda else None
+    )
     try:
         yield Rank(dist.get_rank(), dist.get_world_size(), device)
         gc.collect()
@@ -66,6 +72,32 @@ def process_group(*, timeout_s: float = 600) -> Iterator[Rank]:
         gc.collect()
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def _of_this_attempt(store: dist.Store, rank: int, world_size: int, *, timeout_s: float) -> dist.Store:
+    """The part of torchrun's store that no earlier attempt has written to.
+
+    torchrun has one store for all attempts of a job, in which the addresses of dead ranks stay and are taken for those of the living
+    (pytorch issue 135712). So rank 0 invents a name, and tells it to each rank that says hello. A hello may be a dead rank's; only the
+    living say thanks.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", own)
+        name = store.get(f"attempt_of/{own}").decode()  # waits
+        store.set(f"thanks/{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    missing, end = set(range(1, world_size)), time.monotonic() + timeout_s
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]):
+                store.set(f"attempt_of/{store.get(f'hello/{other}').decode()}", own)
+            if store.check([f"thanks/{own}/{other}"]):
+                missing.discard(other)
+        if time.monotonic() > end:
+            raise TimeoutError(f"ranks {sorted(missing)} of {world_size} did not come within {timeout_s:g} s")
+        time.sleep(0.01)
+    return dist.PrefixStore(own, store)
 
 
 def _quieten() -> None:

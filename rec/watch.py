@@ -5,6 +5,7 @@ A thread of every rank tells the others, through torchrun's store, what its main
 timer does not need Python to be able to run: into `stacks/rank_N.txt` of the run folder.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -95,11 +96,10 @@ class Watch:
         self._thread.join(timeout=5)
         faulthandler.cancel_dump_traceback_later()
         self._stacks.close()
-        stacks = Path(self._stacks.name)
-        if not stacks.stat().st_size:
-            stacks.unlink()
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        with contextlib.suppress(OSError):  # another rank may be at it too, or somebody has removed the folder
+            if not os.path.getsize(self._stacks.name):
+                os.unlink(self._stacks.name)
+            self.folder.rmdir()  # if it is empty
 
     def _run(self) -> None:
         moves = -1

@@ -28,10 +28,14 @@ def known(values: dict) -> dict:
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint, whole, read without a process group."""
+    """All tensors of the newest checkpoint but random numbers, which every rank has its own of; read without a process group."""
     path = sorted((run_dir / "checkpoints").glob("step_*"))[-1]
     metadata = FileSystemReader(str(path)).read_metadata().state_dict_metadata
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if hasattr(m, "size")}
+    state = {
+        k: torch.empty(m.size, dtype=m.properties.dtype)
+        for k, m in metadata.items()
+        if hasattr(m, "size") and k[:4] != "rng."
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # meant: this is one process
         dcp.load(state, checkpoint_id=str(path), no_dist=True)

@@ -1,0 +1,64 @@
+"""Trains jobs one after the other under torch's elastic agent, restarting ranks that die: `elastic_worker.py JSON`.
+
+A job is {"ranks": N, "restarts": N, "folder": DIR, "overrides": [...]}. This is what torchrun does, but ranks are forked from a process that
+has imported everything, so that a start takes a second. Each rank leaves its process id in DIR/pids/ATTEMPT-RANK, and appends to
+DIR/rows-RANK.txt a line a step that it learns from: the step, then the rows.
+"""
+
+import json
+import os
+import signal
+import sys
+import uuid
+from pathlib import Path
+
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from rec.config import Config, compose
+from rec.distributed import run_entry
+from rec.features import Batch
+from rec.train import run
+from rec.trainer import Trainer
+
+
+def keep_account(folder: Path) -> None:
+    rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    (folder / "pids" / f"{attempt}-{rank}").write_text(str(os.getpid()))
+    ledger = (folder / f"rows-{rank}.txt").open("a", buffering=1)
+    learn = Trainer.train_step
+
+    def train_step(trainer: Trainer, batch: Batch) -> bool:
+        rows = batch.row_id[: batch.num_rows].tolist()
+        ledger.write(" ".join(map(str, [trainer.info.step, *rows])) + "\n")
+        return learn(trainer, batch)
+
+    Trainer.train_step = train_step
+
+
+def rank_main(config: Config, folder: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the agent's
+    keep_account(folder)
+    run_entry(lambda: run(config))
+
+
+def launch(job: dict) -> None:
+    folder = Path(job["folder"])
+    (folder / "pids").mkdir(parents=True, exist_ok=True)
+    config = compose([*job["overrides"], f"run_dir={folder}/run"], config_dir="tests/conf")
+    agent = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=job["ranks"],
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=job.get("restarts", 0),
+        monitor_interval=0.05,
+        start_method="fork",
+    )
+    elastic_launch(agent, rank_main)(config, folder)
+
+
+if __name__ == "__main__":
+    for one in json.loads(sys.argv[1]):
+        launch(one)
