@@ -1,10 +1,12 @@
 """Trains jobs one after the other under torch's elastic agent, restarting ranks that die: `elastic_worker.py JSON`.
 
-A job is {"ranks": N, "restarts": N, "folder": DIR, "overrides": [...]}. This is what torchrun does, but ranks are forked from a process that
+A job is {"ranks": N, "restarts": N, "folder": DIR, "overrides": [...], "term": [RANK, WHERE, COUNT]}; the last has a rank get SIGTERM when
+it comes to a method of the trainer, WHERE, for the COUNT-th time in its first life. This is what torchrun does, but ranks are forked from a process that
 has imported everything, so that a start takes a second. Each rank leaves its process id in DIR/pids/ATTEMPT-RANK, and appends to
 DIR/rows-RANK.txt a line a step that it learns from: the step, then the rows.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -35,9 +37,24 @@ def keep_account(folder: Path) -> None:
     Trainer.train_step = train_step
 
 
-def rank_main(config: Config, folder: Path) -> None:
+def get_sigterm(rank: int, where: str, count: int) -> None:
+    if os.environ["RANK"] != str(rank) or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        return
+    method, calls = getattr(Trainer, where), itertools.count(1)
+
+    def called(trainer: Trainer, *rest: object) -> object:
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return method(trainer, *rest)
+
+    setattr(Trainer, where, called)
+
+
+def rank_main(config: Config, folder: Path, term: list | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the agent's
     keep_account(folder)
+    if term:
+        get_sigterm(*term)
     run_entry(lambda: run(config))
 
 
@@ -56,7 +73,7 @@ def launch(job: dict) -> None:
         monitor_interval=0.05,
         start_method="fork",
     )
-    elastic_launch(agent, rank_main)(config, folder)
+    elastic_launch(agent, rank_main)(config, folder, job.get("term"))
 
 
 if __name__ == "__main__":
