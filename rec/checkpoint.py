@@ -346,8 +346,6 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         rank, (failed, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_cause(failed)}"
-    while error.__context__ is not None and not isinstance(error, OSError):
-        error = error.__context__  # the writer of tensors says that writing failed, the disk why
     return str(error) if isinstance(error, SaveError) else f"{type(error).__name__}: {error}"
 
 

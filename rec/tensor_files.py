@@ -73,7 +73,10 @@ class _Hashing:
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
         with self._filesystem.create_stream(path, mode) as stream:
             hashed = _HashedStream(stream)
-            yield hashed
+            try:
+                yield hashed
+            except Exception as error:  # the writer of tensors says that writing failed, the disk why
+                raise hashed.failed or error from error
         self.sums[Path(path).name] = Sum(hashed.bytes, hashed.digest.hexdigest())
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
@@ -88,14 +91,20 @@ class _HashedStream:
         self._stream = stream
         self.digest = hashlib.sha256()
         self.bytes = 0
+        self.failed: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, data: Any) -> int:
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
         self.digest.update(data)
         self.bytes += memoryview(data).nbytes
-        return self._stream.write(data)
+        return memoryview(data).nbytes
 
 
 class _Planner(DefaultLoadPlanner):

@@ -1,8 +1,12 @@
+import errno
 import gc
 import hashlib
+import io
 import json
 import os
+import pickle
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,13 +19,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
 
+from rec import checkpoint as checkpoint_module
 from rec import config as configuration
+from rec import tensor_files
 from rec import train as training
-from rec.checkpoint import VERSION, CheckpointConfig, Checkpoints, Info
+from rec.checkpoint import VERSION, CheckpointConfig, Checkpoints, DamagedError, Info, SaveError
 from rec.config import Config, compose
 from rec.distributed import process_group
+from rec.features import Batch
 from rec.schema import ConfigError
 from rec.tensor_files import Sum
+from rec.trainer import Trainer
 from tests.conftest import CONF, toy_overrides, write_toy
 from tests.test_train import events, weights
 
@@ -238,6 +246,179 @@ class TestWritten:
                 path = written(kept, {"w": torch.full((3,), value)}, Info(step=1, rows=1))
             kept.load(path, state)
         assert state["w"].tolist() == [2.0] * 3 and list(kept.all()) == [path]
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+class TestSums:
+    @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "config.yaml", "plan.json"])
+    def test_a_flipped_bit_is_noticed_and_the_one_before_used(self, run: Path, toy: Path, name: str) -> None:
+        expected = weights(run)
+        flip_a_bit(run / "checkpoints" / "step_000000004" / name)
+        train(toy_config(toy, run))
+        warning = events(run, "warning")[-1]["message"]
+        assert "step_000000004 is damaged" in warning and f"{name} has SHA-256" in warning
+        assert events(run, "start")[-1]["step"] == 3
+        for key, value in weights(run).items():
+            assert torch.equal(expected[key], value), key
+
+    def test_nothing_is_loaded_from_it_when_it_is_asked_for(self, run: Path) -> None:
+        path = run / "checkpoints" / "step_000000004"
+        flip_a_bit(path / "__0_0.distcp")
+        with (
+            one_process(),
+            process_group(),
+            pytest.raises(
+                DamagedError,
+                match=r"step_000000004 is damaged: __0_0.distcp has SHA-256 \w+\.\.\., \w+\.\.\. was written",
+            ),
+        ):
+            checkpoints(path.parent).load(path, {})
+
+    def test_they_are_those_that_sha256sum_prints(self, trained: Path) -> None:
+        path = trained / "checkpoints" / "step_000000004"
+        files = Info.read(path).files
+        assert files.keys() == {file.name for file in path.iterdir()} - {"checkpoint.json"}
+        for name, of in files.items():
+            assert of == Sum((path / name).stat().st_size, hashlib.sha256((path / name).read_bytes()).hexdigest())
+
+    def test_the_first_format_is_still_read(self, run: Path, toy: Path) -> None:
+        path = run / "checkpoints" / "step_000000004" / "checkpoint.json"
+        said = json.loads(path.read_text())
+        said["files"] = {name: of["bytes"] for name, of in said["files"].items()}
+        path.write_text(json.dumps(said | {"version": 1}))
+        train(toy_config(toy, run, "trainer.max_steps=5"))
+        assert events(run, "start")[-1]["step"] == 4 and events(run, "end")[-1]["step"] == 5
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch evil",)
+
+
+class TestForeignFiles:
+    """A checkpoint is a folder that somebody may have sent: reading it runs nothing."""
+
+    @pytest.mark.parametrize("where", ["description", "value"])
+    def test_code_is_not_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(checkpoint_module, "staged", lambda state: state)  # a copy would be made by running it
+        with one_process(), process_group():
+            kept = checkpoints(tmp_path)
+            path = written(kept, {"w": torch.ones(3), "x": Evil() if where == "value" else 1.5}, Info(step=1, rows=1))
+            if where == "description":
+                (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+                forget_sums(path)
+            with pytest.raises(ConfigError, match="system"):
+                kept.load(path, {"w": torch.zeros(3), "x": None})
+        assert not (tmp_path / "evil").exists()
+
+
+def forget_sums(path: Path) -> None:
+    said = json.loads((path / "checkpoint.json").read_text())
+    files = {file.name: file.stat().st_size for file in path.iterdir() if file.name != "checkpoint.json"}
+    (path / "checkpoint.json").write_text(json.dumps(said | {"files": files}))
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Writing the checkpoints of some steps finds the disk full, half way."""
+    make = tensor_files._HashedStream.__init__
+
+    class Full:
+        def __init__(self, file: io.IOBase) -> None:
+            self.file, self.room = file, 1000
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.file, name)
+
+        def write(self, data: bytes) -> int:
+            self.room -= len(data)
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(data)
+
+    def init(stream: tensor_files._HashedStream, file: io.IOBase) -> None:
+        full = any(f"step_{step:09d}" in str(file.name) for step in steps)
+        make(stream, Full(file) if full else file)
+
+    monkeypatch.setattr(tensor_files._HashedStream, "__init__", init)
+
+
+class TestWhatFails:
+    @pytest.mark.parametrize("asynchronous", ["true", "false"])
+    def test_a_full_disk_is_named_and_training_goes_on(
+        self, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: str
+    ) -> None:
+        failing(monkeypatch, {2, 3})
+        train(toy_config(toy, tmp_path / "run", f"checkpoint.asynchronous={asynchronous}"))
+        two, three = (event["message"] for event in events(tmp_path / "run", "warning"))
+        assert "step_000000002 could not be written: rank 0: OSError: [Errno 28] No space left on device; " in two
+        assert "MiB are free there; training goes on" in two and "step_000000003" in three
+        folder = tmp_path / "run" / "checkpoints"
+        assert sorted(path.name for path in folder.iterdir()) == ["step_000000001", "step_000000004"]
+        assert [event["step"] for event in events(tmp_path / "run", "checkpoint")] == [1, 4]
+
+    def test_the_last_checkpoint_must_not_fail_and_what_was_saved_stays(
+        self, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        failing(monkeypatch, {4})
+        with pytest.raises(SaveError, match="step_000000004 could not be written: .*No space left"):
+            train(toy_config(toy, tmp_path / "run"))
+        monkeypatch.undo()
+        folder = tmp_path / "run" / "checkpoints"
+        assert [path.name for path in sorted(folder.iterdir())][-1] == "step_000000003"
+        train(toy_config(toy, tmp_path / "run"))
+        assert events(tmp_path / "run", "start")[-1]["step"] == 3 and events(tmp_path / "run", "end")[-1]["step"] == 4
+
+    def test_a_folder_that_is_removed_comes_back(
+        self, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        learn, folder = Trainer.train_step, tmp_path / "run" / "checkpoints"
+
+        def train_step(trainer: Trainer, batch: Batch) -> bool:
+            if trainer.info.step == 2:
+                trainer.checkpoints.finish()
+                shutil.rmtree(folder)
+            return learn(trainer, batch)
+
+        monkeypatch.setattr(Trainer, "train_step", train_step)
+        train(toy_config(toy, tmp_path / "run"))
+        assert sorted(path.name for path in folder.iterdir()) == ["step_000000003", "step_000000004"]
+
+    def test_training_goes_on_while_a_checkpoint_is_written(
+        self, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Writing begins after two steps and cannot end before the fourth; what is written is the state of step 2."""
+        learn, reached = Trainer.train_step, threading.Event()
+        plain = checkpoint_module.write
+
+        def train_step(trainer: Trainer, batch: Batch) -> bool:
+            if trainer.info.step == 3:
+                reached.set()
+            return learn(trainer, batch)
+
+        def write(*args: object, **kwargs: object) -> object:
+            assert reached.wait(30)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(Trainer, "train_step", train_step)
+        monkeypatch.setattr(checkpoint_module, "write", write)
+        often = [
+            "checkpoint.every_steps=2",
+            "trainer.max_steps=5",
+            "checkpoint.keep_last=9",
+            "optim.schedule.decay=constant",
+        ]
+        train(toy_config(toy, tmp_path / "run", *often, "checkpoint.every_steps=2"))
+        monkeypatch.undo()
+        train(toy_config(toy, tmp_path / "short", *often, "trainer.max_steps=2"))
+        got, expected = (weights(tmp_path / name, step=2) for name in ("run", "short"))
+        for key in expected.keys() - {"loop.window"}:  # which the shorter run had closed
+            assert torch.equal(got[key], expected[key]), key
 
 
 class TestRefused:

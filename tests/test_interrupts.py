@@ -42,15 +42,15 @@ def test_tells_the_launcher_once_a_host(tmp_path: Path, monkeypatch: pytest.Monk
 def stopped(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two ranks, one of which gets SIGTERM: in a step, in an evaluation, in the last step. And one that is left in peace."""
     folder = tmp_path_factory.mktemp("stopped")
-    terms = {
+    hooks = {
         "peace": None,
-        "step": [1, "train_step", 33],
-        "eval": [0, "_heed_signal", 30],
-        "last": [1, "train_step", 84],
+        "step": [1, "train_step", 33, "terminate"],
+        "eval": [0, "_heed_signal", 30, "terminate"],
+        "last": [1, "train_step", 84, "terminate"],
     }
     jobs = [
-        {"ranks": 2, "restarts": 1, "folder": f"{folder}/{name}", "overrides": toy_overrides(toy, *FIXED), "term": term}
-        for name, term in terms.items()
+        {"ranks": 2, "restarts": 1, "folder": f"{folder}/{name}", "overrides": toy_overrides(toy, *FIXED), "hook": hook}
+        for name, hook in hooks.items()
     ]
     finish(start(*jobs, log=folder / "log.txt"), folder / "log.txt", timeout=240)
     return folder

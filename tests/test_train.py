@@ -27,9 +27,9 @@ def known(values: dict) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint but random numbers, which every rank has its own of; read without a process group."""
-    path = sorted((run_dir / "checkpoints").glob("step_*"))[-1]
+def weights(run_dir: Path, *, step: int | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint, or of a step's, but random numbers, which every rank has its own of; read without a process group."""
+    path = sorted((run_dir / "checkpoints").glob("step_*" if step is None else f"step_{step:09d}"))[-1]
     metadata = FileSystemReader(str(path)).read_metadata().state_dict_metadata
     state = {
         k: torch.empty(m.size, dtype=m.properties.dtype)

@@ -1,7 +1,8 @@
 """Trains jobs one after the other under torch's elastic agent, restarting ranks that die: `elastic_worker.py JSON`.
 
-A job is {"ranks": N, "restarts": N, "folder": DIR, "overrides": [...], "term": [RANK, WHERE, COUNT]}; the last has a rank get SIGTERM when
-it comes to a method of the trainer, WHERE, for the COUNT-th time in its first life. This is what torchrun does, but ranks are forked from a process that
+A job is {"ranks": N, "restarts": N, "folder": DIR, "overrides": [...], "hook": [RANK, METHOD, COUNT, WHAT]}; the
+last has something happen to a rank when it comes to a method of the trainer for the COUNT-th time in its first life: terminate (SIGTERM),
+freeze (SIGSTOP, for some seconds) or stand_still. This is what torchrun does, but ranks are forked from a process that
 has imported everything, so that a start takes a second. Each rank leaves its process id in DIR/pids/ATTEMPT-RANK, and appends to
 DIR/rows-RANK.txt a line a step that it learns from: the step, then the rows.
 """
@@ -10,7 +11,9 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -37,24 +40,37 @@ def keep_account(folder: Path) -> None:
     Trainer.train_step = train_step
 
 
-def get_sigterm(rank: int, where: str, count: int) -> None:
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def freeze() -> None:
+    subprocess.Popen(["sh", "-c", f"sleep 9; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stand_still() -> None:
+    time.sleep(9)
+
+
+def hook(rank: int, name: str, count: int, what: str) -> None:
     if os.environ["RANK"] != str(rank) or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
         return
-    method, calls = getattr(Trainer, where), itertools.count(1)
+    method, calls = getattr(Trainer, name), itertools.count(1)
 
     def called(trainer: Trainer, *rest: object) -> object:
         if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGTERM)
+            {"terminate": terminate, "freeze": freeze, "stand_still": stand_still}[what]()
         return method(trainer, *rest)
 
-    setattr(Trainer, where, called)
+    setattr(Trainer, name, called)
 
 
-def rank_main(config: Config, folder: Path, term: list | None) -> None:
+def rank_main(config: Config, folder: Path, hooked: list | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the agent's
     keep_account(folder)
-    if term:
-        get_sigterm(*term)
+    if hooked:
+        hook(*hooked)
     run_entry(lambda: run(config))
 
 
@@ -73,7 +89,7 @@ def launch(job: dict) -> None:
         monitor_interval=0.05,
         start_method="fork",
     )
-    elastic_launch(agent, rank_main)(config, folder, job.get("term"))
+    elastic_launch(agent, rank_main)(config, folder, job.get("hook"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import toy_overrides
+from tests.test_kill import finish, start
+from tests.test_train import events
+
+STALL_S = 2  # of 9 seconds that a rank stands still
+
+
+@pytest.fixture(scope="module")
+def watched(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four runs of two ranks: rank 1 stands still, rank 1 is frozen, rank 0 is frozen, for some seconds each; and none is."""
+    folder = tmp_path_factory.mktemp("watched")
+    hooks = {"still": [1, "train_step", 10, "stand_still"], "frozen": [1, "train_step", 10, "freeze"]}
+    hooks["frozen_main"] = [0, "train_step", 10, "freeze"]
+    fixed = [
+        f"trainer.stall_s={STALL_S}",
+        "trainer.max_steps=20",
+        "trainer.log_every_steps=1",
+        "trainer.eval_split=null",
+    ]
+    running = {}
+    for name, hook in {**hooks, "moving": None}.items():  # side by side: they mostly wait
+        job = {"ranks": 2, "folder": f"{folder}/{name}", "overrides": toy_overrides(toy, *fixed), "hook": hook}
+        running[name] = start(job, log=folder / f"{name}.txt")
+    for name, process in running.items():
+        finish(process, folder / f"{name}.txt", timeout=120)
+    return folder
+
+
+def warnings(run: Path) -> list[str]:
+    return [event["message"] for event in events(run / "run", "warning")]
+
+
+def test_a_rank_that_stands_still_is_named_before_the_others_and_its_stacks_are_shown(watched: Path) -> None:
+    first, *_ = warnings(watched / "still")
+    assert re.match(r"rank 1 \(\S+, process \d+\) has not moved for \d s, in waiting for data of step 9; stacks", first)
+    said = (watched / "still.txt").read_text()
+    assert "stand_still" in said and "elastic_worker.py" in said and "Thread 0x" in said  # the stack of every thread
+    assert "stand_still" in (watched / "still" / "run" / "stacks" / "rank_1.txt").read_text()
+
+
+def test_a_frozen_process_is_named(watched: Path) -> None:
+    first, *_ = warnings(watched / "frozen")
+    assert re.match(r"rank 1 \(\S+, process \d+\) has given no sign of life for \d s: its process is stopped", first)
+
+
+def test_rank_1_says_so_of_rank_0(watched: Path) -> None:
+    assert re.search(
+        r"rank 0 \(\S+, process \d+\) has given no sign of life for \d s", (watched / "frozen_main.txt").read_text()
+    )
+
+
+def test_all_go_on_once_the_rank_does(watched: Path) -> None:
+    for name in ("still", "frozen", "frozen_main"):
+        assert events(watched / name / "run", "end")[-1]["reason"] == "all steps done"
+
+
+def test_the_log_says_who_waited_for_whom(watched: Path) -> None:
+    line = events(watched / "still" / "run", "train")[9]  # the step in which rank 1 stood still
+    assert line["step"] == 10
+    spent = line["seconds_per_step"]
+    assert spent["peers"]["rank"] == 0 and spent["peers"]["max"] > 6  # rank 0 waited for rank 1
+    assert spent["rest"]["rank"] == 1 and spent["rest"]["max"] > 6  # which did something else
+    assert set(spent) == {"data", "peers", "rest"}
+
+
+def test_nothing_is_reported_of_a_run_that_moves(watched: Path) -> None:
+    assert not (watched / "moving" / "run" / "stacks").exists()
+    assert warnings(watched / "moving") == []
