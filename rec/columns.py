@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from rec.schema import FeatureConfig, FeatureKind, Transform
+from rec.hashing import hash_ints, hash_strings
+from rec.schema import Transform
 
 
 class DataError(ValueError):
@@ -49,24 +50,47 @@ class Place:
         return DataError(f"{self.where}: column '{self.column}' {problem}")
 
 
+def check_arrays(table: pa.Table, where: str) -> None:
+    """Refuse columns whose bytes are not what their types promise: text that is no UTF-8, offsets that point elsewhere."""
+    for column in table.column_names:
+        try:
+            table[column].validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise Place(where, column).error(
+                f"holds bytes that are no {table[column].type} ({error}); mend it, or write text that is not UTF-8 as binary"
+            ) from error
+
+
 def count_nulls(array: pa.Array) -> str:
     """How many nulls there are, and where, in words."""
     first = int(np.flatnonzero(np.asarray(array.is_null()))[0])
     return f"{array.null_count} nulls, the first at position {first}"
 
 
-def finite_floats(array: pa.Array, place: Place) -> np.ndarray:
+def floats(array: pa.Array) -> np.ndarray:
     """Float32 values, nulls (which were looked at before) as 0."""
     # safe=False: Arrow would refuse integers above 2**24, which round as any float does
-    values = array.cast(pa.float32(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
+    return array.cast(pa.float32(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
+
+
+def finite_floats(array: pa.Array, place: Place, *, remedy: str = "") -> np.ndarray:
+    """Float32 values, nulls (which were looked at before) as 0; NaN, infinity and what float32 cannot hold are errors."""
+    values = floats(array)
     finite = np.isfinite(values)
     if not finite.all():
         position = int(np.flatnonzero(~finite)[0])
         raise place.error(
             f"holds {array[position]} at position {position}, expected finite float32 values; mend the column "
-            "(what is missing is a null, not NaN)"
+            f"(what is missing is a null, not NaN){remedy}"
         )
     return values
+
+
+def hash_ids(array: pa.Array) -> np.ndarray:
+    """Ids, integers or texts, as uint64 [n]; what a null becomes has no meaning."""
+    if is_any(array.type, TEXTS):
+        return hash_strings(array)
+    return hash_ints(array.fill_null(0).to_numpy(zero_copy_only=False))
 
 
 def floats_of(table: pa.Table, column: str, where: str) -> np.ndarray:
@@ -85,29 +109,6 @@ def weights_of(table: pa.Table, column: str | None, where: str) -> np.ndarray:
     if len(values) and values.min() < 0:
         raise Place(where, column).error(f"holds weight {values.min():g}, expected 0 or more; mend the column")
     return values
-
-
-def expected_of_feature(feature: FeatureConfig, kind: pa.DataType) -> str | None:
-    """What the column of a feature should be, or None if `kind` will do."""
-    if feature.kind in (FeatureKind.bag, FeatureKind.sequence, FeatureKind.vector):
-        if not is_any(kind, LISTS):
-            return "a list of floats" if feature.kind is FeatureKind.vector else "a list of ids"
-        kind = plain_type(kind.value_type)
-    if feature.kind in (FeatureKind.dense, FeatureKind.vector):
-        return expected_number(kind)
-    if is_any(kind, TEXTS):
-        return None if feature.hashed else "integers (strings need hashed=true)"
-    return None if pa.types.is_integer(kind) or pa.types.is_null(kind) else "integers or strings"
-
-
-def expected_number(kind: pa.DataType) -> str | None:
-    """What a column of numbers should be, or None if `kind` will do."""
-    return None if is_any(kind, NUMBERS) else "numbers"
-
-
-def expected_key(kind: pa.DataType) -> str | None:
-    """What a column of groups or domains should be, or None if `kind` will do."""
-    return None if pa.types.is_integer(kind) or is_any(kind, TEXTS) else "integers or strings"
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:

@@ -1,5 +1,8 @@
 """Is this machine fit to train? `python -m rec.doctor` looks at everything at once and says what to do.
 
+With settings of a run, `python -m rec.doctor experiment=quickstart data.path=DIR`, it also looks at their data and the room they
+take, see `rec/checkup.py`.
+
 The commonest trouble with TorchRec is its installation: torch, torchrec and fbgemm-gpu are compiled against each other
 and fail at import when they come from different releases, and fbgemm-gpu and fbgemm-gpu-cpu overwrite each other.
 """
@@ -14,7 +17,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -22,22 +24,14 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from rec.findings import Finding, render
+
 DISTRIBUTION = "shardrank"
 # The dependency group of pyproject.toml: a distribution's metadata does not hold groups. A test compares the two.
 TORCHREC = "torchrec==1.8.0"
 FBGEMM = ("fbgemm-gpu-cpu", "fbgemm-gpu")  # same files, same folder
 SETUP = "./launch/setup.sh"
 FRESH = "./launch/setup.sh --fresh"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at, and, where it is wrong, the problem and its remedy."""
-
-    name: str
-    value: str
-    problem: str | None = None  # None: it is as it should be
-    remedy: str = ""
 
 
 def requirements() -> dict[str, Requirement]:
@@ -207,33 +201,45 @@ CHECKS: list[Callable[[], list[Finding]]] = [
 ]
 
 
-def render(findings: list[Finding]) -> str:
-    """The report: a line a finding, then each problem with its remedy.
+def default_ranks() -> int:
+    """Ranks that the launch scripts would start here: $NPROC, else one a GPU, else 2."""
+    return int(os.environ.get("NPROC") or count_nvidia_gpus() or 2)
 
-    >>> print(render([Finding("torch", "2.13.0"), Finding("hydra-core", "1.1", "hydra-core is 1.1", "reinstall")]))
-        torch       2.13.0
-      ! hydra-core  1.1
-    <BLANKLINE>
-    1 problem:
-      hydra-core is 1.1
-        remedy: reinstall
-    """
-    width = max(len(f.name) for f in findings)
-    lines = [f"  {'!' if f.problem else ' '} {f.name:{width}}  {f.value}" for f in findings]
-    problems = [f for f in findings if f.problem]
-    if not problems:
-        return "\n".join([*lines, "", "all is well"])
-    lines += ["", f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:"]
-    for finding in problems:
-        lines += [f"  {finding.problem}", f"    remedy: {finding.remedy}"]
-    return "\n".join(lines)
+
+def check_configuration(overrides: list[str], *, ranks: int, config_dir: str | None) -> list[Finding]:
+    """What the overrides configure, against its data and this machine."""
+    try:
+        with quiet():
+            from rec.checkup import checkup  # takes seconds
+    except Exception as error:  # as of `check_kernels`
+        problem = f"the configuration was not looked at: {type(error).__name__}: {error}"
+        return [Finding("configuration", "unknown", problem, FRESH)]
+    return checkup(overrides, ranks=ranks, memory=memory_bytes(), config_dir=config_dir)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    description = (
+        "Looks at the installation and the machine; with settings, as of rec.train, also whether the configuration composes, "
+        "its data can be read, and the run has room. Exits with 1 if something is wrong, and says what to do."
+    )
+    parser = argparse.ArgumentParser(prog="python -m rec.doctor", description=description)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. experiment=quickstart")
+    parser.add_argument("--ranks", type=int, help="ranks on this machine; default: $NPROC, else one a GPU, else 2")
+    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder laid out like conf/, for your own YAML")
+    args = parser.parse_intermixed_args()
+    if args.ranks is not None and args.ranks < 1:
+        parser.error(f"--ranks is {args.ranks}, expected 1 or more")
+    return args
 
 
 def main() -> int:
     """Print the report; exit code 0 if all is well, else 1."""
-    description = "Looks at the installation and the machine; exits with 1 if something is wrong, and says what to do."
-    argparse.ArgumentParser(prog="python -m rec.doctor", description=description).parse_args()
+    args = parse()
     findings = [finding for check in CHECKS for finding in check()]
+    if args.overrides:
+        ranks = args.ranks or default_ranks()
+        findings += check_configuration(args.overrides, ranks=ranks, config_dir=args.config_dir)
     print(render(findings))
     return int(any(f.problem for f in findings))
 

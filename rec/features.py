@@ -6,9 +6,8 @@ rows into a `Batch`. Errors are raised by `encode`, which still knows the file a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -24,24 +23,23 @@ from rec.columns import (
     DataError,
     Place,
     apply_transform,
+    check_arrays,
     count_nulls,
-    expected_key,
-    expected_number,
-    expected_of_feature,
     finite_floats,
+    floats,
     floats_of,
+    hash_ids,
     is_any,
     list_parts,
     matrix,
     newest,
-    plain_type,
     ragged,
     single,
     stacked,
     vector,
     weights_of,
 )
-from rec.hashing import hash_ints, hash_strings
+from rec.expected import check_drift, check_schema, expectations
 from rec.schema import DataConfig, FeatureConfig, FeatureKind, TaskConfig, TaskKind, nearest
 
 __all__ = ["Batch", "DataError", "Encoder"]
@@ -107,6 +105,7 @@ class Encoder:
         self.data = data
         self.labels = labels
         self.truth = truth and labels and any(task.truth for task in data.tasks.values())
+        self.expected = list(expectations(data, truth=self.truth, labels=labels))
         self.keys = list(data.sparse_features)
         self.dropout = {n: f.dropout for n, f in data.sparse_features.items() if f.dropout > 0}
         self.repairs: Counter[str] = Counter()  # what the configuration asked to repair, counted by column
@@ -114,35 +113,20 @@ class Encoder:
     @property
     def columns(self) -> list[str]:
         """Columns that have to be read from the files."""
-        return list(dict.fromkeys(column for column, _, _ in self._expectations()))
+        return list(dict.fromkeys(expected.column for expected in self.expected))
 
     def check_schema(self, schema: pa.Schema, where: str) -> list[str]:
         """What is wrong with the columns of one file, one sentence a finding; empty when it can be read."""
-        missing = [name for name in self.columns if name not in schema.names]
-        findings = [f"{where}: column '{name}' is missing; {nearest(name, schema.names)}" for name in missing]
-        for column, reader, expected_for in self._expectations():
-            # a file without rows, or with nulls alone, may be written without a type; `encode` looks at its nulls
-            kind = plain_type(schema.field(column).type) if column in schema.names else pa.null()
-            expected = None if pa.types.is_null(kind) else expected_for(kind)
-            if expected:
-                findings.append(f"{where}: column '{column}' of {reader} is {kind}, expected {expected}")
-        return findings
+        return check_schema(schema, self.expected, where)
 
-    def _expectations(self) -> Iterator[tuple[str, str, Callable[[pa.DataType], str | None]]]:
-        """Each column, what of the configuration reads it, and what is to be expected of it instead of a type."""
-        data = self.data
-        for name, feature in data.features.items():
-            yield data.column_of(name), f"feature '{name}'", partial(expected_of_feature, feature)
-        for name, task in data.tasks.items() if self.labels else ():
-            for column in (task.label, task.weight, *(task.truth_columns if self.truth else [])):
-                if column:
-                    yield column, f"task '{name}'", expected_number
-        if data.weight and self.labels:
-            yield data.weight, "data.weight", expected_number
-        if data.domain:
-            yield data.domain.column, "data.domain", expected_key
-        if data.group:
-            yield data.group, "data.group", expected_key
+    def check_schemas(self, schemas: Mapping[str, pa.Schema]) -> list[str]:
+        """What is wrong with the columns of files (name -> schema), each by itself and with one another."""
+        findings = [f for file, schema in schemas.items() for f in self.check_schema(schema, file)]
+        return findings + self.check_drift(schemas)
+
+    def check_drift(self, schemas: Mapping[str, pa.Schema]) -> list[str]:
+        """Ids, domains and groups that are integers in some files (name -> schema) and texts in others."""
+        return check_drift(schemas, self.expected)
 
     def encode(self, table: pa.Table, where: str, *, first_row: int = 0) -> pa.Table:
         """Canonical columns of one row group: an int64 or list<int64> a sparse feature, and stacked floats.
@@ -155,6 +139,7 @@ class Encoder:
         Raises:
             DataError: naming `where`, the column, the value and the remedy.
         """
+        check_arrays(table, where)
         data, num_rows = self.data, table.num_rows
         columns = {name: self._sparse(table, name, feature, where) for name, feature in data.sparse_features.items()}
         columns["/dense"] = stacked(self._dense(table, where), num_rows)
@@ -239,18 +224,28 @@ class Encoder:
         if pa.types.is_null(array.type):  # of empty lists alone
             array = array.cast(pa.int64())
         if feature.hashed:
-            text = is_any(array.type, TEXTS)
-            hashes = hash_strings(array) if text else hash_ints(array.fill_null(0).to_numpy(zero_copy_only=False))
             mask = np.asarray(array.is_null()) if array.null_count else None
-            return pa.array((hashes % np.uint64(num_embeddings)).astype(np.int64), mask=mask)
-        if len(array) > array.null_count:
-            low, high = (pc.min_max(array)[k].as_py() for k in ("min", "max"))
-            if low < 0 or high >= num_embeddings:
-                raise place.error(
-                    f"of feature '{name}' holds id {low if low < 0 else high}, expected 0 to {num_embeddings - 1}; "
-                    f"raise data.tables.{table}.num_embeddings or set {place.key}.hashed=true"
-                )
-        return array.cast(pa.int64())
+            return pa.array((hash_ids(array) % np.uint64(num_embeddings)).astype(np.int64), mask=mask)
+        return self._rows(array, name, feature, place)
+
+    def _rows(self, array: pa.Array, name: str, feature: FeatureConfig, place: Place) -> pa.Array:
+        """Ids as rows of their table; what is outside is no id, or an error."""
+        table = self.data.table_of(name)
+        num_embeddings = self.data.tables[table].num_embeddings
+        ids = array.cast(pa.int64(), safe=False)  # above 2**63 it wraps to what is negative, and outside as well
+        low, high = (pc.min_max(ids)[k].as_py() for k in ("min", "max"))
+        if low is None or (low >= 0 and high < num_embeddings):
+            return ids
+        outside = pc.or_(pc.less(ids, 0), pc.greater_equal(ids, num_embeddings))
+        if not feature.allow_invalid:
+            position = pc.index(outside, True).as_py()
+            raise place.error(
+                f"of feature '{name}' holds id {array[position]} at position {position}, expected 0 to {num_embeddings - 1}; "
+                f"raise data.tables.{table}.num_embeddings, set {place.key}.hashed=true, or {place.key}.allow_invalid=true, "
+                "which reads it as no id"
+            )
+        self.repairs[f"{place.column}: id outside table '{table}' read as no id"] += pc.sum(outside).as_py()
+        return pc.if_else(outside, None, ids)
 
     def _dense(self, table: pa.Table, where: str) -> list[np.ndarray]:
         parts = []
@@ -261,8 +256,18 @@ class Encoder:
             else:
                 array, width = single(table, place.column, pa.float32()), 1
             self._nulls(array, place, feature.allow_null, becomes="0")
-            parts.append(apply_transform(feature.transform, finite_floats(array, place)).reshape(-1, width))
+            parts.append(apply_transform(feature.transform, self._floats(array, feature, place)).reshape(-1, width))
         return parts
+
+    def _floats(self, array: pa.Array, feature: FeatureConfig, place: Place) -> np.ndarray:
+        """Float32 values; NaN and infinity are 0, or an error."""
+        if not feature.allow_invalid:
+            return finite_floats(array, place, remedy=f", or set {place.key}.allow_invalid=true, which reads it as 0")
+        values = floats(array)
+        finite = np.isfinite(values)
+        if not finite.all():
+            self.repairs[f"{place.column}: NaN or infinity read as 0"] += int((~finite).sum())
+        return np.where(finite, values, np.float32(0))
 
     def _vectors(self, table: pa.Table, feature: FeatureConfig, place: Place) -> pa.Array:
         array = single(table, place.column, pa.list_(pa.float32()))
@@ -360,7 +365,7 @@ class Encoder:
         if array.null_count:
             raise Place(where, self.data.group).error(f"has {count_nulls(array)}, expected a group; fill them")
         if is_any(array.type, TEXTS):
-            return pa.array(hash_strings(array).view(np.int64))
+            return pa.array(hash_ids(array).view(np.int64))
         return array.cast(pa.int64(), safe=False)  # uint64 wraps: groups are only told apart
 
     def _nulls(self, array: pa.Array, place: Place, allowed: bool, *, becomes: str) -> None:

@@ -64,6 +64,7 @@ class FeatureConfig:
     table: str | None = None  # sparse kinds: the table it reads; default: the feature's name
     hashed: bool = False  # sparse kinds: hash every id into the table (strings need it); else ids are rows of the table
     allow_null: bool = False  # a null is no id (sparse) or 0 (dense), counted; else it is an error
+    allow_invalid: bool = False  # an id outside its table is no id, NaN and infinity are 0, counted; else an error
     dropout: float = 0.0  # sparse kinds, 0 to 1: share of training rows that lose this feature's ids
     max_length: int | None = None  # bag, sequence: ids kept a row (the newest, which are the last)
     size: int = 1  # vector: floats a row
@@ -73,6 +74,10 @@ class FeatureConfig:
         check_range("a feature's dropout", self.dropout, 0, 1)
         check_range("a feature's max_length", self.max_length, 1, 1_000_000)
         check_range("a feature's size", self.size, 1, 1_000_000)
+        if self.hashed and self.allow_invalid:
+            raise ConfigError(
+                "a feature has hashed and allow_invalid: a hash is always in its table; remove allow_invalid"
+            )
 
 
 class Pooling(Enum):
@@ -102,9 +107,11 @@ class TableConfig:
     pooling: Pooling = Pooling.mean
     sharding: ShardingType | None = None  # default: `sharding.default`
     init_range: float | None = None  # weights start uniform in +-init_range; default: embeddings.init_range
+    lr_factor: float = 1.0  # >= 0; optim.sparse.lr times this: 0 freezes the table, below 1 slows it down
 
     def __post_init__(self) -> None:
         check_range("a table's num_embeddings", self.num_embeddings, 1, 2**40)
+        check_range("a table's lr_factor", self.lr_factor, 0, 1e3)
         if self.embedding_dim < 4 or self.embedding_dim % 4:
             raise ConfigError(f"a table's embedding_dim is {self.embedding_dim}, expected a positive multiple of 4")
 

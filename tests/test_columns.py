@@ -9,7 +9,7 @@ import pytest
 
 from rec import columns
 from rec.columns import DataError, Place
-from rec.schema import FeatureConfig, FeatureKind, Transform
+from rec.schema import Transform
 
 LISTS = [[3, 1, 2], [], None, [7], [5, 5, 5, 5]]
 PLACE = Place("part-0.parquet, row group 3", "price", "data.features.price")
@@ -73,25 +73,3 @@ def test_weights_are_ones_unless_configured_and_never_negative_or_null() -> None
         columns.weights_of(table, "low", "f")
     with pytest.raises(DataError, match="column 'holey' has 1 nulls, the first at position 0"):
         columns.weights_of(table, "holey", "f")
-
-
-@pytest.mark.parametrize(
-    ("kind", "hashed", "column", "expected"),
-    [
-        ("id", False, pa.int32(), None),
-        ("id", False, pa.string(), "integers (strings need hashed=true)"),
-        ("id", True, pa.dictionary(pa.int8(), pa.string()).value_type, None),
-        ("id", True, pa.float32(), "integers or strings"),
-        ("bag", False, pa.int64(), "a list of ids"),
-        ("bag", False, pa.large_list(pa.int64()), None),
-        ("sequence", True, pa.list_(pa.dictionary(pa.int8(), pa.binary())), None),
-        ("dense", False, pa.decimal128(9, 2), None),
-        ("dense", False, pa.string(), "numbers"),
-        ("vector", False, pa.float32(), "a list of floats"),
-        ("vector", False, pa.list_(pa.string()), "numbers"),
-        ("vector", False, pa.list_(pa.float64(), 3), None),
-    ],
-)
-def test_what_a_feature_expects_of_a_column(kind: str, hashed: bool, column: pa.DataType, expected: str | None) -> None:
-    feature = FeatureConfig(kind=FeatureKind[kind], hashed=hashed)
-    assert columns.expected_of_feature(feature, column) == expected

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rec import doctor
+from tests.conftest import CONF, toy_overrides
 
 PYPROJECT = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())
 
@@ -33,6 +35,8 @@ def machine(monkeypatch):
         "tensordict": "0.10.0",
         "pyre-extensions": "0.0.32",
         "iopath": "0.1.10",
+        "fsspec": "2025.9.0",
+        "universal-pathlib": "0.3.10",
         "fbgemm-gpu-cpu": "1.8.0",
     }
 
@@ -159,6 +163,43 @@ def test_gpus_that_torch_cannot_use_are_a_problem(monkeypatch):
 
 def test_memory_is_that_of_the_container():
     assert 2**28 < doctor.memory_bytes() < 2**50
+
+
+def test_without_settings_nothing_heavy_is_imported():
+    words = "import sys, rec.doctor; sys.exit(len({'torch', 'rec.config', 'rec.checkup'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", words], check=False).returncode == 0
+
+
+def sound(monkeypatch, *argv: str) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", [lambda: [doctor.Finding("torch", "2.13.0")]])
+    monkeypatch.setattr(sys, "argv", ["doctor", *argv])
+
+
+@pytest.mark.parametrize(
+    ("argv", "nproc", "ranks"), [((), "", 2), ((), "3", 3), (("--ranks", "5"), "3", 5)], ids=["default", "env", "flag"]
+)
+def test_settings_are_looked_at_for_as_many_ranks_as_start_here(toy, monkeypatch, capsys, argv, nproc, ranks):
+    monkeypatch.setenv("NPROC", nproc)
+    monkeypatch.setattr(doctor, "count_nvidia_gpus", lambda: 0)
+    sound(monkeypatch, *toy_overrides(toy, f"run_dir={toy}/run"), "-cd", str(CONF), *argv)
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    assert f"memory of {ranks} ranks" in printed and "1,004 rows looked at" in printed and "all is well" in printed
+
+
+def test_a_bad_setting_is_a_problem_like_any_other(toy, monkeypatch, capsys):
+    sound(
+        monkeypatch, *toy_overrides(toy, "data.splits.valid=nowhere", "data.features.user.hashed=1.5"), "-cd", str(CONF)
+    )
+    assert doctor.main() == 1
+    printed = capsys.readouterr().out
+    assert "! configuration  refused" in printed and "1 problem:" in printed and "remedy: \n" not in printed
+
+
+def test_what_cannot_be_imported_is_a_problem(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rec.checkup", None)
+    (finding,) = doctor.check_configuration(["data=toy"], ranks=2, config_dir=None)
+    assert "the configuration was not looked at: " in finding.problem and finding.remedy == doctor.FRESH
 
 
 @pytest.mark.parametrize("problem", [None, "torch is broken"])

@@ -467,10 +467,14 @@ ALLOW = "set data.{}.allow_null=true"
         (with_value("true_purchase", math.nan), ["'true_purchase' holds nan", "finite"]),
         (
             with_value("id", 50),
-            ["'id' of feature 'id' holds id 50, expected 0 to 49", "data.tables.id.num_embeddings", "id.hashed=true"],
+            [
+                "'id' of feature 'id' holds id 50 at position 5, expected 0 to 49",
+                "data.tables.id.num_embeddings",
+                "id.hashed=true",
+            ],
         ),
-        (with_value("id", -1), ["'id' of feature 'id' holds id -1, expected 0 to 49"]),
-        (with_value("id_uint64", 2**64 - 1), ["holds id 18446744073709551615, expected 0 to 49"]),
+        (with_value("id", -1), ["'id' of feature 'id' holds id -1 at position 5, expected 0 to 49"]),
+        (with_value("id_uint64", 2**64 - 1), ["holds id 18446744073709551615 at position 5, expected 0 to 49"]),
         (with_value("id_null", 50), ["'id_null'", "holds id 50", "data.tables.id.num_embeddings"]),
         (with_value("bag_cut", [99, 1, 2]), ["'bag_cut'", "holds id 99", "expected 0 to 49"]),
         (with_value("sequence", [1, -7]), ["'sequence'", "holds id -7", "expected 0 to 49"]),
@@ -517,7 +521,8 @@ def test_bad_values_are_named(rich: pa.Table, feed: Callable[[pa.Table], pa.Tabl
 def test_wrong_types_are_found_in_the_schema(rich: pa.Table, column: str, kind: pa.DataType, words: str):
     table = change(rich, column, [None] * 200, kind)
     findings = Encoder(rich_config(), truth=True).check_schema(table.schema, "part-7.parquet")
-    assert findings == [f"part-7.parquet: column {words}"]
+    remedy = "write it as such, or name another column in the configuration"
+    assert findings == [f"part-7.parquet: column {words}; {remedy}"]
 
 
 def test_all_findings_of_a_schema_come_at_once(rich: pa.Table):
@@ -525,7 +530,7 @@ def test_all_findings_of_a_schema_come_at_once(rich: pa.Table):
     first, second, third = Encoder(rich_config()).check_schema(schema, "f")
     assert first.startswith("f: column 'bag_text' is missing; did you mean 'bag_cut'?")
     assert second.startswith("f: column 'clicked' is missing; did you mean 'clickd'? valid: ")
-    assert third == "f: column 'dense' of feature 'dense' is string, expected numbers"
+    assert third.startswith("f: column 'dense' of feature 'dense' is string, expected numbers; write it as such")
 
 
 # --- products along a funnel ---
