@@ -6,7 +6,10 @@
 #   .venv/bin/python -m rec.train --help                      what can be overridden
 #
 #   NPROC=2           ranks
-#   MAX_RESTARTS=0    times that torchrun starts all ranks again after one died; with checkpoint.resume=auto they go on
+#   MAX_RESTARTS=0    times that torchrun starts all ranks again after one died; they go on from the last checkpoint
+#
+# On SIGTERM or Ctrl-C the ranks write a checkpoint and this script ends with 75; the same command goes on. They have
+# 150 s for it (TORCH_ELASTIC_SHUTDOWN_TIMEOUT), then torchrun kills them.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
@@ -18,5 +21,4 @@ for argument in "$@"; do
         ;;
     esac
 done
-# exec: a SIGTERM to this script reaches torchrun, which hands it to the ranks, which write a checkpoint.
-exec .venv/bin/torchrun --standalone --max-restarts "${MAX_RESTARTS:-0}" --nproc-per-node "$NPROC" -m rec.train "$@"
+supervise .venv/bin/torchrun --standalone --max-restarts "${MAX_RESTARTS:-0}" --nproc-per-node "$NPROC" -m rec.train "$@"

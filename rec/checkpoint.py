@@ -54,7 +54,7 @@ class CheckpointConfig:
         True  # training goes on while one is written, which takes a copy of model and optimizers in memory
     )
     warm_start: str | None = None  # a checkpoint's folder: its weights are what a new run starts from
-    rename: dict[str, str] = field(default_factory=dict)  # warm_start: beginning of a name here -> of the name there
+    rename: list[str] = field(default_factory=list)  # warm_start: `new:old`, parts of names between dots, e.g. member:user
     keep_last: int = 2  # newest checkpoints that stay, at least 1
     keep_best: int = 1  # best checkpoints that stay beside them, by trainer.monitor; 0 or more
     timeout_s: float = 3600  # seconds that a rank waits for the others' writing
@@ -64,6 +64,9 @@ class CheckpointConfig:
         check_range("checkpoint.keep_last", self.keep_last, 1, 1e6)
         check_range("checkpoint.keep_best", self.keep_best, 0, 1e6)
         check_range("checkpoint.timeout_s", self.timeout_s, 1, 1e6)
+        for pair in self.rename:
+            if pair.count(":") != 1 or pair.startswith(":"):
+                raise ConfigError(f"checkpoint.rename has '{pair}', expected new:old, such as member:user")
 
 
 @dataclass

@@ -39,6 +39,13 @@ class StopSignal:
         self.requested = True
 
 
+def forget_stop() -> None:
+    """Empty the launching script's file: ranks that torchrun started again have not been told to stop."""
+    file = os.environ.get(STOPPED_FILE)
+    if file and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(file).write_text("")
+
+
 def tell_launcher(step: int) -> None:
     """Write the saved step into the file that the launching script asked for; one rank of each host does."""
     file = os.environ.get(STOPPED_FILE)

@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+import warnings
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -11,7 +12,9 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from rec.model import Ranker
 from rec.schema import ConfigError, check_range, nearest
 
 
@@ -129,6 +132,29 @@ def fused_params(config: SparseConfig, device: torch.device) -> dict:
     return {"optimizer": _FBGEMM[config.kind], "learning_rate": config.lr, "eps": config.eps}
 
 
+_PER_TABLE: dict[SparseOptimizer, type[torch.optim.Optimizer]] = {
+    SparseOptimizer.rowwise_adagrad: RowWiseAdagrad,
+    SparseOptimizer.adagrad: torch.optim.Adagrad,
+    SparseOptimizer.adam: torch.optim.Adam,
+    SparseOptimizer.sgd: torch.optim.SGD,
+}
+
+
+def set_own_rates(model: Ranker, config: SparseConfig) -> None:
+    """Give tables with an `lr_factor` fused optimizers of their own, before the model is spread over ranks.
+
+    TorchRec reads a table's optimizer off its parameter, and puts tables with the same one into one kernel.
+    """
+    for name, parameter in model.embeddings.named_parameters():
+        factor = model.embeddings.configs[name.split(".")[-2]].lr_factor
+        if factor != 1:
+            settings = {"lr": config.lr * factor} | ({} if config.kind is SparseOptimizer.sgd else {"eps": config.eps})
+            with warnings.catch_warnings():  # importing this warns of something else
+                warnings.simplefilter("ignore", DeprecationWarning)
+                from torch.distributed.optim import _apply_optimizer_in_backward
+            _apply_optimizer_in_backward(_PER_TABLE[config.kind], [parameter], settings)
+
+
 TABLES = "embeddings.*"  # the pattern of all tables, which are frozen together or not at all
 
 
@@ -145,7 +171,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
             raise ConfigError(f"optim.freeze has '{pattern}', which matches no parameter; {nearest(pattern, parts)}")
         if pattern != TABLES and any(name.startswith("embeddings.") for name in fnmatch.filter(names, pattern)):
             raise ConfigError(
-                f"optim.freeze has '{pattern}', which matches tables; they are frozen all at once: '{TABLES}'"
+                f"optim.freeze has '{pattern}', which matches tables; all at once are '{TABLES}', one is data.tables.NAME.lr_factor=0"
             )
     for name, parameter in model.named_parameters():
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns if pattern != TABLES):
@@ -168,6 +194,11 @@ class Optimizers:
         trained = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
         self.dense_parameters = trained | (more or {})
         self.fused = model.fused_optimizer
+        names = {id(parameter): name for name, parameter in self.fused.params.items()}
+        tables = model.module.embeddings.configs
+        self._factors = [  # of each group of tables
+            tables[names[id(group["params"][0])].split(".")[-2]].lr_factor for group in self.fused.param_groups
+        ]
         self.dense = KeyedOptimizerWrapper(self.dense_parameters, self._make_dense)
         self.combined = CombinedOptimizer([("sparse", self.fused), ("dense", self.dense)])
 
@@ -183,8 +214,8 @@ class Optimizers:
         for group in self.dense.param_groups:
             group["lr"] = self.config.dense.lr * factor
         trained = 0.0 if TABLES in self.config.freeze else 1.0
-        for group in self.fused.param_groups:
-            group["lr"] = self.config.sparse.lr * (factor if self.config.sparse.scheduled else 1.0) * trained
+        for group, own in zip(self.fused.param_groups, self._factors, strict=True):
+            group["lr"] = self.config.sparse.lr * (factor if self.config.sparse.scheduled else 1.0) * trained * own
 
     def zero_grad(self) -> None:
         """Forget the dense gradients, and hand the tables' learning rate to their fused backward."""

@@ -19,12 +19,12 @@ from rec.distributed import Rank, from_main, process_group, run_entry
 from rec.features import DataError
 from rec.guard import TroubleError
 from rec.health import ExpertHealth
-from rec.interrupts import StoppedError, tell_launcher
+from rec.interrupts import StoppedError, forget_stop, tell_launcher
 from rec.logs import RunLog
 from rec.metrics import MultitaskMetrics
 from rec.mixtures import GatedConfig
 from rec.model import Ranker
-from rec.optim import Optimizers, freeze
+from rec.optim import Optimizers, freeze, set_own_rates
 from rec.schema import ConfigError
 from rec.sharding import describe_plan, shard
 from rec.trainer import Trainer
@@ -80,6 +80,7 @@ def build_model(
     torch.manual_seed(config.seed)
     model = Ranker(config.model, config.data, device=torch.device("meta"))
     freeze(model, config.optim.freeze)
+    set_own_rates(model, config.optim.sparse)
     sharded = shard(
         model,
         config.sharding,
@@ -108,7 +109,7 @@ def _train(config: Config, rank: Rank, trainer: Trainer) -> None:
         trainer.event("warning", message=f"{path} is damaged ({why}) and passed over")
         log.say(f"{path} is damaged ({why}) and passed over")
     if config.checkpoint.warm_start and not resumed_from:
-        taken = warm_start(trainer.model, config, Path(config.checkpoint.warm_start))
+        taken = warm_start(trainer.model, config, storage.path(config.checkpoint.warm_start))
         said = f"{len(taken.whole)} weights taken from {config.checkpoint.warm_start}"
         for state, names in (("grown", taken.grown), ("new", taken.new)):
             said += f"; {state}: {', '.join(names)}" if names else ""
@@ -166,8 +167,8 @@ def run_folder(configured: str | None) -> str:
     """The run's folder: as configured, or runs/<time>_<id of the launch>, which a restart of the same launch finds again."""
     if configured:
         return configured
-    launch = os.environ.get("TORCHELASTIC_RUN_ID", str(os.getpid()))[:8]
-    known = sorted(Path("runs").glob(f"*_{launch}"))
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", str(os.getpid()))
+    known = sorted(path for path in Path("runs").glob(f"*_{launch}") if path.name[20:] == launch)
     return str(known[-1]) if known else f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}_{launch}"
 
 
@@ -177,6 +178,7 @@ def run(config: Config) -> None:
     Raises:
         StoppedError: told to stop by SIGTERM; the state is saved.
     """
+    forget_stop()
     with process_group(timeout_s=config.trainer.timeout_s) as rank:
         config.run_dir = str(from_main(run_folder(config.run_dir)))
         stopped_at = train(config, rank)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rec.interrupts import STOPPED, StopSignal, tell_launcher
+from rec.interrupts import STOPPED, StopSignal, forget_stop, tell_launcher
 from tests.conftest import CONF, ROOT, toy_overrides
 from tests.test_kill import assert_every_row_once_an_epoch, assert_same_end, finish, losses, rows_of_steps, start
 from tests.test_train import events
@@ -36,6 +36,8 @@ def test_tells_the_launcher_once_a_host(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("LOCAL_RANK", "0")
     tell_launcher(7)
     assert (tmp_path / "stopped").read_text() == "7\n"
+    forget_stop()
+    assert (tmp_path / "stopped").read_text() == ""
 
 
 @pytest.fixture(scope="module")

@@ -380,6 +380,82 @@ class TestTrain:
 FULL = {"NNODES": "2", "MASTER": "node-a:29500", "JOB_ID": "7"}
 
 
+# Ranks under torchrun: TERM makes them write the file, as far as `writes` is there, and torchrun end with 1.
+STOPPING_TORCHRUN = """#!/usr/bin/env bash
+echo "timeout $TORCH_ELASTIC_SHUTDOWN_TIMEOUT" >>calls
+trap 'echo told >>calls; if [[ -f writes ]]; then echo 12 >"$REC_STOPPED_FILE"; fi; sleep 0.3; exit 1' TERM
+echo "$REC_STOPPED_FILE" >file.new; mv file.new file
+for _ in {1..400}; do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize("script", ["train.sh", "node.sh"])
+class TestStop:
+    """The scripts stand between a scheduler's signals and torchrun, and between torchrun's exit code and the scheduler."""
+
+    @pytest.fixture
+    def start(self, installed, script):
+        installed.write(".venv/bin/torchrun", STOPPING_TORCHRUN)
+
+        def start_and_wait(**variables):
+            job = subprocess.Popen(
+                [str(installed.root / "launch" / script)],
+                env=installed.environment(**FULL, **variables),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            until = time.monotonic() + 10
+            while not (installed.root / "file").exists():
+                assert time.monotonic() < until and job.poll() is None, "torchrun was not called"
+                time.sleep(0.02)
+            return job
+
+        return start_and_wait
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    def test_signal_is_handed_on_and_a_checkpoint_gives_75(self, installed, start, number):
+        (installed.root / "writes").touch()
+        job = start()
+        job.send_signal(number)
+        printed, errors = job.communicate(timeout=20)
+        assert job.returncode == 75, errors
+        assert "stopped at step 12" in printed and "have 150 s" in errors
+        assert installed.calls() == ["timeout 150", "told"]
+        assert not Path((installed.root / "file").read_text().strip()).exists()
+
+    def test_no_checkpoint_is_torchruns_own_code(self, start):
+        job = start()
+        job.terminate()
+        printed, _ = job.communicate(timeout=20)
+        assert job.returncode == 1 and "stopped at step" not in printed
+
+    def test_torchrun_hears_of_it_once(self, installed, start):
+        """At a second signal it waits anew, at a third it leaves its ranks behind."""
+        (installed.root / "writes").touch()
+        job = start(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="40")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            job.send_signal(number)
+            time.sleep(0.08)
+        _, errors = job.communicate(timeout=20)
+        assert job.returncode == 75
+        assert "have 40 s" in errors
+        assert installed.calls() == ["timeout 40", "told"]
+
+    @pytest.mark.parametrize(
+        ("torchrun", "code"),
+        [
+            ('echo 7 >"$REC_STOPPED_FILE"; exit 1', 75),  # the ranks of another host were told
+            ('echo 7 >"$REC_STOPPED_FILE"; exit 0', 0),  # stopped once, gone on, done
+            ("exit 3", 3),
+            ("exit 0", 0),
+        ],
+    )
+    def test_exit_code_without_a_signal(self, installed, script, torchrun, code):
+        installed.write(".venv/bin/torchrun", f"#!/bin/bash\n{torchrun}\n")
+        assert installed.run(f"launch/{script}", **FULL).returncode == code
+
+
 class TestNode:
     @pytest.mark.parametrize("missing", ["NNODES", "MASTER", "JOB_ID"])
     def test_missing_variable_is_named(self, installed, missing):
@@ -389,7 +465,19 @@ class TestNode:
         assert f"{missing} is not set, expected" in done.stderr
         assert installed.calls() == []
 
-    @pytest.mark.parametrize(("name", "value"), [("NNODES", "0"), ("MASTER", "node-a"), ("NODE_RANK", "x")])
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("NNODES", "0"),
+            ("NNODES", "0:2"),
+            ("NNODES", "4:2"),
+            ("NNODES", "1:2:3"),
+            ("MASTER", "node-a"),
+            ("NODE_RANK", "x"),
+            ("MAX_RESTARTS", "some"),
+            ("RDZV_CONF", "join_timeout"),
+        ],
+    )
     def test_wrong_variable_is_named_with_its_value(self, installed, name, value):
         done = installed.run("launch/node.sh", **FULL | {name: value})
         assert done.returncode == 2
@@ -414,7 +502,32 @@ class TestNode:
 
     def test_without_a_rank_torchrun_finds_the_host(self, installed):
         installed.run("launch/node.sh", **FULL)
-        assert "is_host" not in installed.calls()[0]
+        assert "--rdzv-conf" not in installed.calls()[0]
+
+    @pytest.mark.parametrize(
+        ("variables", "restarts", "own_store"),
+        [
+            ({}, 0, ""),
+            ({"MAX_RESTARTS": "2"}, 2, "1"),
+            ({"NNODES": "1:4"}, 10, "1"),
+            ({"NNODES": "1:4", "MAX_RESTARTS": "0"}, 0, "1"),
+        ],
+    )
+    def test_range_restarts_and_ranks_get_a_new_store_each_time(self, installed, variables, restarts, own_store):
+        installed.write(
+            ".venv/bin/torchrun", LOG_STUB.replace("OMP=", "store=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-} OMP=")
+        )
+        installed.run("launch/node.sh", **FULL | variables)
+        (call,) = installed.calls()
+        assert f"--nnodes {variables.get('NNODES', 2)} " in call
+        assert f"--max-restarts {restarts} " in call
+        assert f"store={own_store} " in call
+
+    def test_address_and_more_of_the_rendezvous(self, installed):
+        more = {"RDZV_CONF": "join_timeout=60,last_call_timeout=5", "LOCAL_ADDR": "10.0.0.2", "NODE_RANK": "1"}
+        installed.run("launch/node.sh", **FULL, **more)
+        wanted = "--rdzv-conf is_host=false,join_timeout=60,last_call_timeout=5 --local-addr 10.0.0.2 -m rec.train"
+        assert wanted in installed.calls()[0]
 
 
 class TestSlurm:
@@ -425,6 +538,8 @@ class TestSlurm:
         log = 'echo "$(basename "$0") $*" >>calls\n'
         installed.write("bin/scontrol", f"#!/bin/bash\n{log}[[ $1 == show ]] && printf 'node-a\\nnode-b\\n'; exit 0\n")
         installed.write("bin/scancel", f"#!/bin/bash\n{log}kill -TERM $(<step)\n")
+        installed.write("bin/squeue", "#!/bin/bash\n[[ $3 == 12345 ]] && cat state\n")
+        (installed.root / "state").write_text("RUNNING\n")
         waiting = "echo $$ >step.new; mv step.new step; exec sleep 60\n"
         installed.write("bin/srun", f"#!/bin/bash\necho $NNODES $MASTER $JOB_ID\n{log}{waiting}")
         return installed
@@ -447,28 +562,47 @@ class TestSlurm:
             time.sleep(0.02)
         raise AssertionError("srun was not called")
 
-    def test_time_limit_ends_the_ranks_and_queues_again(self, cluster):
+    def ended_at_its_limit(self, cluster, code):
+        """A job to which Slurm sends SIGTERM and whose step then ends with `code`."""
+        waiting = (
+            f"trap 'exit {code}' TERM; echo $$ >step.new; mv step.new step; for _ in {{1..400}}; do sleep 0.05; done"
+        )
+        cluster.write("bin/srun", f'#!/bin/bash\necho $NNODES $MASTER $JOB_ID\necho "srun $*" >>calls\n{waiting}\n')
         job = self.start(cluster)
         self.wait_for_step(cluster)
-        time.sleep(0.1)  # the trap is set right after the step has started
         job.send_signal(signal.SIGTERM)
         printed, errors = job.communicate(timeout=20)
-        assert job.returncode == 0, errors
-        assert printed.startswith("2 node-a:29745 12345-0\n")
+        assert job.returncode == code, errors
+        return printed
+
+    def test_time_limit_ends_the_ranks_and_queues_again(self, cluster):
+        assert self.ended_at_its_limit(cluster, 75).startswith("2 node-a:29745 12345-0\n")
         assert cluster.calls() == [
             "scontrol show hostnames node-[a-b]",
-            "srun --kill-on-bad-exit=1 --ntasks-per-node=1 ./launch/node.sh checkpoint.resume=auto seed=1",
+            "srun --kill-on-bad-exit=0 --wait=60 --ntasks-per-node=1 ./launch/node.sh run_dir=runs/slurm-12345 seed=1",
             "scancel --signal=TERM 12345",
             "scontrol requeue 12345",
         ]
 
-    @pytest.mark.parametrize("code", [0, 3])
-    def test_exit_code_is_that_of_the_training(self, cluster, code):
+    @pytest.mark.parametrize(("code", "queued"), [(137, True), (1, False), (0, False)])
+    def test_at_the_time_limit_too_slow_is_no_failure(self, cluster, code, queued):
+        self.ended_at_its_limit(cluster, code)
+        assert ("scontrol requeue 12345" in cluster.calls()) == queued
+
+    @pytest.mark.parametrize(("code", "queued"), [(75, True), (0, False), (1, False), (2, False), (137, False)])
+    def test_exit_code_is_that_of_the_training_and_75_queues_again(self, cluster, code, queued):
+        """75 without a signal to the script: Slurm told the steps alone, as it does to preempt."""
         cluster.write("bin/srun", f"#!/bin/bash\nexit {code}\n")
         job = self.start(cluster)
         job.communicate(timeout=20)
         assert job.returncode == code
-        assert not any("requeue" in call for call in cluster.calls())
+        assert ("scontrol requeue 12345" in cluster.calls()) == queued
+
+    @pytest.mark.parametrize("state", ["COMPLETING\n", ""])
+    def test_cancelled_job_is_not_queued_again(self, cluster, state):
+        (cluster.root / "state").write_text(state)
+        assert "left to Slurm" in self.ended_at_its_limit(cluster, 75)
+        assert "scontrol requeue 12345" not in cluster.calls()
 
     def test_outside_slurm(self, installed):
         done = installed.run("launch/slurm.sbatch")
@@ -528,7 +662,14 @@ def test_kubernetes_manifest_agrees_with_itself_and_with_node_sh():
     assert service["spec"]["selector"] == {"job-name": name}
     assert (ROOT / container["command"][0]).exists()
     assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
-    assert spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] == container["name"]
+    actions = {}
+    for rule in spec["podFailurePolicy"]["rules"]:
+        assert ("onExitCodes" in rule) != ("onPodConditions" in rule)  # one of them, says Kubernetes
+        if "onExitCodes" in rule:
+            assert rule["onExitCodes"]["containerName"] == container["name"] and rule["onExitCodes"]["operator"] == "In"
+            actions |= dict.fromkeys(rule["onExitCodes"]["values"], rule["action"])
+    assert actions == {75: "Ignore", 2: "FailJob"}
+    assert pod["restartPolicy"] == "Never"  # else a podFailurePolicy is refused
 
 
 def test_pre_commit_hooks_are_local():

@@ -48,7 +48,7 @@ def test_patterns_freeze_what_they_match() -> None:
     ("pattern", "said"),
     [
         ("expert.*", r"has 'expert.\*', which matches no parameter; did you mean 'experts.\*'"),
-        ("embeddings.w*", r"matches tables; they are frozen all at once: 'embeddings.\*'"),
+        ("embeddings.w*", r"matches tables; all at once are 'embeddings.\*', one is data.tables.NAME.lr_factor=0"),
     ],
 )
 def test_patterns_that_match_nothing_or_some_tables_are_refused(pattern: str, said: str) -> None:

@@ -28,7 +28,7 @@ def known(values: dict) -> dict:
 
 
 def weights(run_dir: Path, *, step: int | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint, or of a step's, but random numbers, which every rank has its own of; read without a process group."""
+    """All tensors of the newest checkpoint, or of a step's, but each rank's random numbers; read without a process group."""
     path = sorted((run_dir / "checkpoints").glob("step_*" if step is None else f"step_{step:09d}"))[-1]
     metadata = FileSystemReader(str(path)).read_metadata().state_dict_metadata
     state = {
@@ -151,7 +151,8 @@ def test_run_folder_is_found_again_by_a_restart(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abcdef0123")
     first = run_folder(None)
-    assert first.startswith("runs/") and first.endswith("_abcdef01")
-    os.makedirs("runs/2000-01-01_00-00-00_abcdef01")
-    assert run_folder(None) == "runs/2000-01-01_00-00-00_abcdef01"
+    assert first.startswith("runs/") and first.endswith("_abcdef0123")
+    os.makedirs("runs/2000-01-01_00-00-00_abcdef0123")
+    os.makedirs("runs/2000-01-01_00-00-00_of_abcdef0123")  # another launch's
+    assert run_folder(None) == "runs/2000-01-01_00-00-00_abcdef0123"
     assert run_folder("mine") == "mine"

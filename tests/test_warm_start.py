@@ -9,7 +9,7 @@ from rec.config import Config, compose, load
 from rec.data import Reader
 from rec.model import Ranker
 from rec.schema import ConfigError
-from rec.warm_start import check_domains
+from rec.warm_start import _old_names, check_order
 from tests.conftest import CONF, TWO_TOWERS, torchrun, toy_overrides
 from tests.test_train import events, weights
 
@@ -24,6 +24,7 @@ FROZEN = [
     "towers.t*",
     "towers.i*",
 ]
+SIX = ["trainer.max_steps=6", "trainer.eval_split=null", "experts=shared_bottom", "interaction=none"]
 STEPS = ["trainer.max_steps=6", "trainer.eval_split=null", "data.learn=[click]"]
 
 
@@ -50,6 +51,11 @@ def runs(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "optim.dense.lr=1e-12",
             "optim.sparse.lr=1e-12",
         ),
+    ]
+    grown = [f"run_dir={folder}/grown", f"checkpoint.warm_start={folder}/plain/checkpoints/step_000000006"]
+    jobs += [
+        toy_overrides(toy, *SIX, f"run_dir={folder}/plain"),
+        toy_overrides(toy, *SIX, *grown, "data=toy_grown", "checkpoint.rename=[member:user]"),
     ]
     torchrun("tests/workers/train_worker.py", json.dumps(jobs), ranks=2)
     return folder
@@ -112,10 +118,46 @@ def config_of(toy: Path, *changes: str) -> Config:
 def test_other_domains_are_refused(runs: Path, toy: Path) -> None:
     path = Checkpoints(runs / "one" / "checkpoints", load(runs / "one" / "config.yaml").checkpoint).find()
     assert path is not None
-    check_domains(config_of(toy), path)
+    check_order(config_of(toy), path)
     with pytest.raises(
         ConfigError, match=r"knows the domains \['home'\], and data.domain.names is \['search', 'home'\]"
     ):
-        check_domains(config_of(toy, "data.domain.names=[search,home]"), path)
+        check_order(config_of(toy, "data.domain.names=[search,home]"), path)
     with pytest.raises(ConfigError, match="does not exist"):
-        check_domains(config_of(toy), path.parent)
+        check_order(config_of(toy), path.parent)
+
+
+TABLE = "embeddings.tables.embedding_bags.{}.weight"
+
+
+class TestGrown:
+    """A table that starts as a copy of another and is frozen, one that is slowed down, a new one, and a new task."""
+
+    def test_what_is_new_starts_anew(self, runs: Path) -> None:
+        (event,) = events(runs / "grown", "warm_start")
+        assert TABLE.format("fresh") in event["new"]
+        assert any("towers" in name for name in event["grown"] + event["new"])
+
+    def test_a_frozen_table_under_another_name_is_the_old_one_bit_for_bit_beside_that_which_learns(self, runs: Path) -> None:
+        before, after = of_model(runs / "plain"), of_model(runs / "grown")
+        assert torch.equal(after[TABLE.format("member")], before[TABLE.format("user")])
+        moved = (after[TABLE.format("user")] - before[TABLE.format("user")]).abs()
+        assert 0 < moved.max() < 0.5
+
+    def test_a_slow_table_moves_less(self, runs: Path) -> None:
+        before, after = of_model(runs / "plain"), of_model(runs / "grown")
+        slow, usual = ((after[TABLE.format(of)] - before[TABLE.format(of)]).abs().mean() for of in ("tags", "item"))
+        assert 0 < slow < usual / 3
+
+    def test_names_that_lead_nowhere_are_refused(self) -> None:
+        names, saved = ["tables.member.weight"], ["tables.user.weight"]
+        with pytest.raises(ConfigError, match="no weight here has 'membr' in its name; did you mean 'member'"):
+            _old_names(names, ["membr:user"], saved)
+        with pytest.raises(ConfigError, match="no weight of the checkpoint has 'usr' there; did you mean 'user'"):
+            _old_names(names, ["member:usr"], saved)
+        assert _old_names(["a.member2.b"], ["a:c"], ["c.member2.b"]) == {"a.member2.b": "c.member2.b"}
+
+    def test_other_tasks_are_refused(self, runs: Path, toy: Path) -> None:
+        path = runs / "plain" / "checkpoints" / "step_000000006"
+        with pytest.raises(ConfigError, match=r"knows the tasks \['click', 'purchase', 'dwell'\], and data.tasks is"):
+            check_order(compose(toy_overrides(toy, "data.learn=[click]"), config_dir=str(CONF)), path)
