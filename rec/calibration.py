@@ -15,7 +15,6 @@ isotonic curves make ties; the order between domains is what changes.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rec import storage
 from rec.isotonic import Knots, fit_knots
 from rec.platt import MIN_SLOPE, Lines, fit_lines, over_ranks
 from rec.predictions import Rows
@@ -201,9 +201,8 @@ class Calibrators(nn.Module):
             for name, of in self.cells_.items()
         }
         said = {"version": VERSION, "fitted_on": asdict(self.fitted_on_), "config": config, "tasks": tasks}
-        draft = folder / f".writing_{FILE}"
-        draft.write_text(json.dumps(said, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(draft, folder / FILE)
+        with storage.replacing(folder / FILE) as draft:
+            draft.write_text(json.dumps(said, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return folder / FILE
 
     @classmethod
@@ -216,7 +215,7 @@ class Calibrators(nn.Module):
             ConfigError: the file is of a newer version, is damaged, or lacks one of the `tasks` that calibrators apply to.
         """
         path = folder / FILE
-        if not path.is_file():
+        if not storage.is_file(path):
             return None
         try:
             said = json.loads(path.read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rec.distributed import from_main
 from rec.schema import ConfigError, check_range
-from rec.storage import is_local
+from rec.storage import is_file, is_local, is_of_storage
 from rec.tensor_files import Sum, damage, read, staged, write
 
 VERSION = 2  # 1 had sizes alone, and neither state of the loop nor random numbers; it is still read
@@ -54,7 +54,9 @@ class CheckpointConfig:
         True  # training goes on while one is written, which takes a copy of model and optimizers in memory
     )
     warm_start: str | None = None  # a checkpoint's folder: its weights are what a new run starts from
-    rename: list[str] = field(default_factory=list)  # warm_start: `new:old`, parts of names between dots, e.g. member:user
+    rename: list[str] = field(
+        default_factory=list
+    )  # warm_start: `new:old`, parts of names between dots, e.g. member:user
     keep_last: int = 2  # newest checkpoints that stay, at least 1
     keep_best: int = 1  # best checkpoints that stay beside them, by trainer.monitor; 0 or more
     timeout_s: float = 3600  # seconds that a rank waits for the others' writing
@@ -126,11 +128,15 @@ def _cut_short(path: Path) -> str | None:
     """What is wrong with the checkpoint in the folder `path`, as far as names and sizes tell; None if nothing is."""
     try:
         files = Info.read(path).files
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        return f"{_INFO}: {error}"
+    except OSError as error:
+        if not is_local(path):  # a store that fails has lost nothing
+            raise
         return f"{_INFO}: {error}"
     for name in {".metadata", *files}:
         file = path / name
-        if not file.is_file():
+        if not is_file(file):
             return f"{name} is missing"
         if name in files and file.stat().st_size != files[name].bytes:
             return f"{name} has {file.stat().st_size} bytes, {files[name].bytes} were written"
@@ -166,7 +172,7 @@ class Checkpoints:
 
     def _visible(self) -> list[Path]:
         found = [path for path in _children(self.folder) if path.name.startswith("step_")]
-        return [path for path in found if is_local(path) or (path / _INFO).is_file()]
+        return [path for path in found if is_local(path) or is_file(path / _INFO)]
 
     def _why_damaged(self, path: Path) -> str | None:
         return self._damaged.get(path) or _cut_short(path)
@@ -205,12 +211,11 @@ class Checkpoints:
             ConfigError: checkpoints, but none that is whole.
         """
         while True:
-            found = from_main(_attempt(self.find) if dist.get_rank() == 0 else None)
-            if isinstance(found, ConfigError):
+            found: Any = from_main(_attempt(self.find) if dist.get_rank() == 0 else None)
+            if isinstance(found, Exception):
                 raise found
             if found is None:
                 return None
-            assert isinstance(found, Path)
             why = _altered(found)
             if why is None:
                 return found
@@ -249,10 +254,12 @@ class Checkpoints:
             self._on_main(lambda: _make_empty(draft))
             sums = self._gathered(write(state, draft, group=self._group))  # type: ignore[arg-type]
             self._on_main(lambda: self._publish(draft, final, info, sums))
-        except (SaveError, CheckpointException, OSError) as failed:
+        except Exception as failed:
+            if not (isinstance(failed, SaveError | CheckpointException) or is_of_storage(failed)):
+                raise
             error = f"{final} could not be written: {_cause(failed)}{_room(self.folder)}"
             if dist.get_rank() == 0:
-                _remove(draft)
+                _attempt(lambda: _remove(draft))
         return Written(final, info, time.monotonic() - started, error)
 
     def _gathered(self, sums: dict[str, Sum]) -> dict[str, Sum]:
@@ -370,7 +377,8 @@ def _children(folder: Path) -> list[Path]:
 
 def _make_empty(folder: Path) -> None:
     _remove(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if is_local(folder):  # a store has no folders, and would make the bucket
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _remove(path: Path) -> None:

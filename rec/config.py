@@ -6,6 +6,7 @@ back into the same types: where a section has several (the experts, say), its `k
 """
 
 import argparse
+import io
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from rec import storage
 from rec.checkpoint import CheckpointConfig
 from rec.data import ReaderConfig
 from rec.experts import EXPERTS_KINDS
@@ -171,7 +173,8 @@ def to_yaml(config: Config) -> str:
 
 def save(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `load` reads."""
-    path.write_text(to_yaml(config))
+    with storage.named(path), storage.replacing(path) as draft:
+        draft.write_text(to_yaml(config), encoding="utf-8")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -204,10 +207,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def _read(path: Path) -> DictConfig:
     """The settings in a YAML file, whatever they are."""
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist: is run_dir the folder of a run?")
+    with storage.named(path):
+        if not storage.is_file(path):
+            raise ConfigError(f"{path} does not exist: is run_dir the folder of a run?")
     try:
-        settings = OmegaConf.load(path)
+        settings = OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(settings, DictConfig):

@@ -118,16 +118,11 @@ class Split:
 
     def read(self, group: RowGroup, columns: list[str]) -> pa.Table:
         """Decode `columns` of one row group."""
-
-        def decode() -> pa.Table:
-            try:
-                return self._parquet(group.file).read_row_group(group.index, columns=columns, use_threads=False)
-            except (pa.ArrowException, OSError):
-                self._parquet.cache_clear()  # opened anew when it is tried again
-                raise
-
+        file = self._parquet(group.file)
         try:
-            return self.attempts(decode, where=str(group))
+            return self.attempts(
+                lambda: file.read_row_group(group.index, columns=columns, use_threads=False), where=str(group)
+            )
         except StoreError as error:
             raise DataError(f"{group}: cannot be read: {error}; {_STORE_REMEDY}") from error
         except (pa.ArrowException, OSError) as error:
@@ -137,10 +132,13 @@ class Split:
 
     def _open_file(self, file: str) -> pq.ParquetFile:
         try:
-            return self.attempts(lambda: pq.ParquetFile(file, filesystem=self.filesystem), where=file)
+            # pages that carry a checksum are held to it; others are read as they are
+            return self.attempts(
+                lambda: pq.ParquetFile(file, filesystem=self.filesystem, page_checksum_verification=True), where=file
+            )
         except StoreError as error:
             raise DataError(f"{file}: cannot be opened: {error}; {_STORE_REMEDY}") from error
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a damaged name in the footer
             raise DataError(f"{file}: not a readable Parquet file ({error}); write it again or remove it") from error
 
 

@@ -28,11 +28,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from rec import config as configuration
+from rec import storage
 from rec.calibration import Calibrators
 from rec.checkpoint import Checkpoints, Info
 from rec.config import Config
@@ -206,6 +206,8 @@ def largest_difference(preds: Tensor, expected: Tensor, *, tasks: list[str]) -> 
 def replacing(folder: Path) -> Iterator[Path]:
     """A hidden folder to write into, which takes the place of `folder` at the end, unless there was an exception.
 
+    In a store files come one after another: the export is whole when its `schema.json` is there.
+
     Raises:
         ConfigError: `folder` holds something else than an export.
     """
@@ -215,6 +217,11 @@ def replacing(folder: Path) -> Iterator[Path]:
             f"out={folder} is or holds something else than an export ({', '.join(others[:3]) or 'a file'}), which would be "
             "lost; choose a folder that is new, empty or holds an export"
         )
+    if not storage.is_local(folder):
+        with tempfile.TemporaryDirectory(prefix="rec_") as local, storage.named(folder):
+            yield Path(local)
+            storage.put_folder(Path(local), folder, last="schema.json")
+        return
     draft, old = (folder.with_name(f".{state}_{folder.name}") for state in ("writing", "dropping"))
     shutil.rmtree(draft, ignore_errors=True)  # what a kill left behind
     draft.mkdir(parents=True)
@@ -234,7 +241,7 @@ def export_run(command: Command, config: Config, rank: Rank) -> None:
     """Write, check, publish, say."""
     data, wanted = config.data, command.own["calibrated"]
     split = command.own["check_split"] or ("test" if "test" in data.splits else [*data.splits][-1])
-    folder = Path(command.own["out"] or command.run_dir / "export").absolute()
+    folder = storage.path(command.own["out"] or command.run_dir / "export").absolute()
     few = replace(config.reader, global_batch_size=_CHECK_ROWS, shuffle_rows=_CHECK_ROWS)  # no more are decoded
     reader = split_reader(replace(config, reader=few), rank, split, labels=False)
     path = find_checkpoint(config, command.run_dir, command.own["checkpoint"])
@@ -245,7 +252,7 @@ def export_run(command: Command, config: Config, rank: Rank) -> None:
         sides = sides_of(served, data)
         for name, side in zip(SIDES, sides, strict=False):
             torch.export.save(side_program(side, item_width=item_width(config.model)), draft / name)
-        types = pq.read_schema(reader.split.files[0], filesystem=reader.split.filesystem)
+        types = next(iter(reader.split.schemas().values()))
         said = describe(config, types=types, info=Info.read(path), path=path, calibrators=served.calibrators)
         rows = collect_rows(config, rank, path, reader, wanted=wanted)
         if sides:

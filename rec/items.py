@@ -4,13 +4,13 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from rec import storage
 from rec.config import Config
 from rec.data import Reader
 from rec.distributed import Rank, process_group, run_entry
@@ -80,16 +80,14 @@ def item_vectors(side: ItemSide, reader: Reader, *, key: str) -> pa.Table:
 def write_items(command: Command, config: Config, rank: Rank) -> None:
     """Compute, write, say."""
     key = key_of(config, command.own["key"])
-    out = Path(command.own["out"] or command.run_dir / "items.parquet")
+    out = storage.path(command.own["out"] or command.run_dir / "items.parquet")
     path = find_checkpoint(config, command.run_dir, command.own["checkpoint"])
     wide = replace(config.reader, global_batch_size=_BATCH_ROWS)
     reader = split_reader(replace(config, reader=wide), rank, command.own["split"], labels=False)
     table = item_vectors(ItemSide(load_served(config, path, calibrated=False), config.data), reader, key=key)
     said = {"checkpoint": path.name, "split": command.own["split"], "key": key}
-    draft = out.with_name(f".writing_{out.name}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.replace_schema_metadata({"items": json.dumps(said)}), draft)
-    draft.replace(out)
+    with storage.named(out), storage.replacing(out) as draft:
+        pq.write_table(table.replace_schema_metadata({"items": json.dumps(said)}), draft)
     width = table["vector"].type.list_size
     print(
         f"{path.name}: vectors of {table.num_rows:,} items by {key}, {width} wide, from {command.own['split']}: {out}",

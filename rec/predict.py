@@ -2,8 +2,8 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from rec import storage
 from rec.config import Config
 from rec.distributed import Rank, process_group, run_entry
 from rec.evaluate import Command, calibrators_of, find_checkpoint, restore, split_reader, wants_help
@@ -28,7 +28,7 @@ rec/predictions.py says what the columns are."""
 def predict_run(command: Command, config: Config, rank: Rank) -> None:
     """A split through a checkpoint's network, into files."""
     data, split, labels = config.data, command.own["split"], command.flag("labels")
-    folder = Path(command.own["out"] or command.run_dir / "predictions" / split)
+    folder = storage.path(command.own["out"] or command.run_dir / "predictions" / split)
     reader = split_reader(config, rank, split, labels=labels)
     path = find_checkpoint(config, command.run_dir, command.own["checkpoint"])
     calibrators = calibrators_of(path, data, rank, wanted=command.own["calibrated"])

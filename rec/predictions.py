@@ -18,6 +18,7 @@ auxiliary [names].
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rec import storage
 from rec.data import Reader
 from rec.distributed import Rank
 from rec.features import Batch
@@ -139,7 +141,8 @@ class About:
 class PredictionWriter:
     """Writes one file a rank; the folder appears, and an older one goes, when all ranks are done. A context manager.
 
-    Entering and leaving it wait for all ranks. After an exception the older folder is as it was.
+    Entering and leaving it wait for all ranks. After an exception the older folder is as it was. In a store, which cannot rename,
+    the files come one after another: they are written locally first, and the older ones go when all ranks have theirs.
 
     Args:
         folder: what is to hold the files.
@@ -152,8 +155,10 @@ class PredictionWriter:
     """
 
     def __init__(self, folder: Path, *, data: DataConfig, rank: Rank, about: About) -> None:
-        _check_replaceable(folder)
+        with storage.named(folder):
+            _check_replaceable(folder)
         self.folder, self.rank, self.about = folder, rank, about
+        self.local = storage.is_local(folder)
         self.draft = folder.with_name(f".writing_{folder.name}")
         self.tasks = {
             t: (name, task)
@@ -164,11 +169,14 @@ class PredictionWriter:
         self._waiting: list[pa.Table] = []
 
     def __enter__(self) -> "PredictionWriter":
-        if self.rank.is_main:
+        if not self.local:
+            self.draft = Path(tempfile.mkdtemp(prefix="rec_"))  # of this rank alone
+        elif self.rank.is_main:
             shutil.rmtree(self.draft, ignore_errors=True)  # what a kill left behind
             self.draft.mkdir(parents=True)
         dist.barrier()
-        self._file = pq.ParquetWriter(self.draft / f"part-{self.rank.rank:05d}.parquet", self.schema)
+        self._part = self.draft / f"part-{self.rank.rank:05d}.parquet"
+        self._file = pq.ParquetWriter(self._part, self.schema)
         return self
 
     def write(self, batch: Batch, logits: Tensor) -> None:
@@ -196,9 +204,13 @@ class PredictionWriter:
         self._file.close()
         if kind is None:
             dist.barrier()  # all files are whole
-            if self.rank.is_main:
+            if not self.local:
+                self._upload()
+            elif self.rank.is_main:
                 self._publish()
             dist.barrier()
+        elif not self.local:
+            shutil.rmtree(self.draft, ignore_errors=True)
 
     def _flush(self) -> None:
         if self._waiting:
@@ -212,6 +224,14 @@ class PredictionWriter:
             self.folder.rename(old)
         self.draft.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _upload(self) -> None:
+        with storage.named(self.folder):
+            if self.rank.is_main:
+                storage.remove(self.folder)
+            dist.barrier()  # the older files are gone
+            storage.put(self._part, self.folder / self._part.name)
+        shutil.rmtree(self.draft, ignore_errors=True)
 
     def _schema(self, data: DataConfig) -> pa.Schema:
         columns: dict[str, Any] = {"row": pa.int64(), "domain": pa.int32(), "group": pa.int64()}

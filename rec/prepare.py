@@ -104,7 +104,8 @@ def halve_test(table: pa.Table, num_train: int, *, seed: int) -> dict[str, pa.Ta
 def write_split(rows: pa.Table, folder: Path) -> None:
     """Write `folder`/part-00000.parquet."""
     folder.mkdir()
-    pq.write_table(rows, folder / "part-00000.parquet", row_group_size=ROW_GROUP, compression="zstd")
+    path = folder / "part-00000.parquet"
+    pq.write_table(rows, path, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True)
 
 
 @contextmanager

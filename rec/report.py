@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from rec import storage
 from rec.schema import ConfigError, nearest
 
 COLUMNS: tuple[str, ...] = ("auc", "pr_auc", "logloss", "ne", "calibration", "ece", "field_ece", "gauc", "gap_closed")
@@ -22,10 +23,12 @@ Lines = dict[str, dict[str, Any]]  # "task" or "task / domain" -> name of a metr
 def read_evaluation(run: Path, *, split: str | None = None) -> dict[str, Any]:
     """The last `eval` event of a run; of `split`, by default test if there is one, else any. `ConfigError` without one."""
     file = run / "metrics.jsonl"
-    if not file.is_file():
-        raise ConfigError(f"{run}: no metrics.jsonl, so no run folder; name the run_dir of rec.train")
+    with storage.named(run):
+        if not storage.is_file(file):
+            raise ConfigError(f"{run}: no metrics.jsonl, so no run folder; name the run_dir of rec.train")
+        lines = file.read_text(encoding="utf-8").splitlines()
     evaluated: dict[str, Any] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)
         except json.JSONDecodeError:  # a killed run leaves half a line
@@ -154,13 +157,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     about = "Print what runs reached on a split: a line a task, mean and standard deviation over runs."
     p = argparse.ArgumentParser(prog="python -m rec.report", description=about)
-    p.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folder of a run, the run_dir of rec.train")
+    p.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run, the run_dir of rec.train")
     p.add_argument(
         "--group", nargs="+", action="append", default=[], metavar=("NAME", "RUN"), help="several seeds of one setting"
     )
     p.add_argument("--main", metavar="TASK", help="with --group: the task whose AUC says which run is best")
     p.add_argument("--split", help="default: test if it was evaluated, else the last that was")
-    p.add_argument("--baseline", type=Path, action="append", default=[], metavar="FILE", help="of rec.baseline --json")
+    p.add_argument("--baseline", action="append", default=[], metavar="FILE", help="of rec.baseline --json")
     p.add_argument("--markdown", action="store_true", help="print a Markdown table")
     p.add_argument("--domains", action="store_true", help="also a line for each domain")
     return p
@@ -174,13 +177,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             return print(_grouped(args))
         if not args.runs:
             raise ConfigError("no run is named; expected folders of runs, or --group NAME RUN ... --main TASK")
-        events = [read_evaluation(run, split=args.split) for run in args.runs]
-        check_alike(args.runs, events)
-        baselines = [read_baseline(file) for file in args.baseline]
+        runs = [storage.path(run) for run in args.runs]
+        events = [read_evaluation(run, split=args.split) for run in runs]
+        check_alike(runs, events)
+        baselines = [read_baseline(storage.path(file)) for file in args.baseline]
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from error
     table = make_table([lines_of(event, domains=args.domains) for event in events], baselines)
-    print(caption(args.runs, events, baselines), as_text(table, markdown=args.markdown), sep="\n\n")
+    print(caption(runs, events, baselines), as_text(table, markdown=args.markdown), sep="\n\n")
 
 
 def _grouped(args: argparse.Namespace) -> str:
@@ -189,9 +193,10 @@ def _grouped(args: argparse.Namespace) -> str:
         raise ConfigError("--group NAME RUN ... needs --main TASK, and every run belongs to a group")
     groups: dict[str, Sequence[Lines]] = {}
     counts = set()
-    for name, *runs in args.group:
-        events = [read_evaluation(Path(run), split=args.split) for run in runs]
-        check_alike(list(map(Path, runs)), events)
+    for name, *named in args.group:
+        runs = [storage.path(run) for run in named]
+        events = [read_evaluation(run, split=args.split) for run in runs]
+        check_alike(runs, events)
         groups[name] = [lines_of(event, domains=False) for event in events]
         counts.add(len(runs))
     over = " or ".join(map(str, sorted(counts)))

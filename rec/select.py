@@ -214,7 +214,7 @@ def _write(source: Source, folder: Path, conditions: Sequence[Condition]) -> Sel
         kept.of += file.metadata.num_rows
         target.parent.mkdir(parents=True, exist_ok=True)
         groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        with pq.ParquetWriter(target, file.schema_arrow, compression="zstd") as writer:
+        with pq.ParquetWriter(target, file.schema_arrow, compression="zstd", write_page_checksum=True) as writer:
             for table in _regroup(_rows_of(file, name, conditions, selection), max(groups, default=1)):
                 writer.write_table(table)
                 kept.rows += table.num_rows

@@ -208,6 +208,7 @@ def _sparse(data: DataConfig, name: str, types: pa.Schema) -> dict[str, Any]:
         "max_length": 1 if feature.kind is FeatureKind.id else feature.max_length,
         "longer": None if feature.max_length is None else "the last max_length ids are taken",
         "null": _null(feature, "no ids"),
+        "invalid": "no id" if feature.allow_invalid else "not expected",
         "table": table,
         "num_embeddings": num_embeddings,
         "embedding_dim": data.tables[table].embedding_dim,
@@ -224,6 +225,7 @@ def _dense(data: DataConfig) -> dict[str, dict[str, Any]]:
             "columns": [*range(first, first + size)],
             "transform": feature.transform.name,
             "null": _null(feature, "zeros" if size > 1 else "0"),
+            "invalid": "0" if feature.allow_invalid else "not expected",
         }
         first += size
     return found

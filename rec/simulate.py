@@ -206,7 +206,8 @@ class SplitWriter:
             # Floats hardly ever repeat: a dictionary of them costs time and space.
             coded = [*IDS, *CATEGORICALS, *TASKS, *(f"{name}.list.element" for name in LISTS)]
             path = self._folder / f"part-{self._rows // FILE_ROWS:05d}.parquet"
-            self._file = pq.ParquetWriter(path, SCHEMA, compression="zstd", use_dictionary=coded)
+            checked = {"compression": "zstd", "write_page_checksum": True}
+            self._file = pq.ParquetWriter(path, SCHEMA, use_dictionary=coded, **checked)
         assert self._file is not None
         self._file.write_table(table, row_group_size=CHUNK_ROWS)
         self._rows += table.num_rows

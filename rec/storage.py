@@ -128,7 +128,8 @@ def check_writable(folder: Path) -> None:
     """Make a folder and write a block there, which is deleted; raises `ConfigError` where that fails."""
     probe = folder / f".writing_probe_{os.getpid()}"
     with named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        if not isinstance(folder, UPath):  # s3fs would make the bucket too, also one whose name is misspelt
+            folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(4096))
         probe.unlink()
 

@@ -125,6 +125,10 @@ def _train(config: Config, rank: Rank, trainer: Trainer) -> None:
         reason = "told to stop" if trainer.told_to_stop else trainer.finished
     for repair, count in trainer.reader.encoder.repairs.items():
         trainer.event("warning", message=f"{repair}: {count} values on rank 0")
+    if trainer.reader.split.attempts.failed:
+        trainer.event(
+            "warning", message=f"{trainer.reader.split.attempts.failed} reads failed on rank 0 and were tried again"
+        )
     trainer.event("end", reason=reason, seconds=time.monotonic() - started)
     log.say(f"\n{reason} at step {trainer.info.step:,}; logs, checkpoints and configuration are in {run_dir}")
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 import warnings
@@ -13,6 +14,7 @@ import pytest
 from rec import logs
 from rec.logs import RunLog, table_of
 from rec.metrics import EvalResult
+from rec.schema import ConfigError
 from tests.conftest import CONF, torchrun, toy_overrides, toy_table
 
 BINARY = {"auc", "pr_auc", "logloss", "ne", "calibration", "ece", "field_ece", "gauc", "rows", "positives", "log_mae"}
@@ -243,6 +245,41 @@ class TestRunLog:
         text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line)["step"] for line in text] == [1, 2]
         assert json.loads(text[0])["reason"] == "ünder way"
+
+    def test_half_a_line_that_a_full_disk_left_stays_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "metrics.jsonl").write_text('{"event": "end"}\n{"event": "tra')
+        log = RunLog(tmp_path, active=True)
+        log.event("end", step=2, rows=2)
+        log.close()
+        first, half, last = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert (first, half) == ('{"event": "end"}', '{"event": "tra') and json.loads(last)["step"] == 2
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, a disk that is always full")
+    def test_a_disk_that_is_full_costs_a_warning_and_not_the_run(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        log = RunLog(tmp_path, active=True)
+        for step in range(3):
+            log.event("train", step=step, rows=0, loss=0.5)
+        log.close()
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"warning: the log in {tmp_path} cannot be written: the disk is full; free space" in said
+        assert len(scalars(tmp_path)) == 3  # what can be written is
+
+    def test_a_folder_that_cannot_be_written_is_an_error_at_the_start(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ConfigError, match=f"{tmp_path}/file/run: NotADirectoryError"):
+            RunLog(tmp_path / "file" / "run", active=True)
+
+    def test_so_is_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(ConfigError, match=f"{tmp_path}: the disk is full; free space, or choose another folder"):
+            RunLog(tmp_path, active=True)
 
     def test_a_line_is_whole_before_the_log_is_closed(self, tmp_path: Path) -> None:
         log = RunLog(tmp_path, active=True)
