@@ -326,6 +326,7 @@ def predictions_of(run_dir: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(io.BytesIO(file.read_bytes())) for file in files]).sort_by("row")
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_equals_one_on_disk(
     store: Store, toy: Path, toy_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,14 +27,17 @@ def known(values: dict) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def weights(run_dir: Path, *, step: int | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint, or of a step's, but each rank's random numbers; read without a process group."""
+def weights(run_dir: Path, *, step: int | None = None, rng: bool = False) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint, or of a step's, read without a process group.
+
+    With `rng` each rank's random numbers too, those of PyTorch, which are seeded.
+    """
     path = sorted((run_dir / "checkpoints").glob("step_*" if step is None else f"step_{step:09d}"))[-1]
     metadata = FileSystemReader(str(path)).read_metadata().state_dict_metadata
     state = {
         k: torch.empty(m.size, dtype=m.properties.dtype)
         for k, m in metadata.items()
-        if hasattr(m, "size") and k[:4] != "rng."
+        if hasattr(m, "size") and (k[:4] != "rng." or (rng and k.endswith("torch")))
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # meant: this is one process

@@ -138,7 +138,9 @@ class TestGrown:
         assert TABLE.format("fresh") in event["new"]
         assert any("towers" in name for name in event["grown"] + event["new"])
 
-    def test_a_frozen_table_under_another_name_is_the_old_one_bit_for_bit_beside_that_which_learns(self, runs: Path) -> None:
+    def test_a_frozen_table_under_another_name_is_the_old_one_bit_for_bit_beside_that_which_learns(
+        self, runs: Path
+    ) -> None:
         before, after = of_model(runs / "plain"), of_model(runs / "grown")
         assert torch.equal(after[TABLE.format("member")], before[TABLE.format("user")])
         moved = (after[TABLE.format("user")] - before[TABLE.format("user")]).abs()

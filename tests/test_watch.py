@@ -1,9 +1,13 @@
 import re
+import time
 from pathlib import Path
 
 import pytest
 
+from rec import watch
+from rec.distributed import process_group
 from tests.conftest import toy_overrides
+from tests.test_checkpoint import one_process
 from tests.test_kill import finish, start
 from tests.test_train import events
 
@@ -17,14 +21,18 @@ def watched(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     hooks = {"still": [1, "train_step", 10, "stand_still"], "frozen": [1, "train_step", 10, "freeze"]}
     hooks["frozen_main"] = [0, "train_step", 10, "freeze"]
     fixed = [
-        f"trainer.stall_s={STALL_S}",
         "trainer.max_steps=20",
         "trainer.log_every_steps=1",
         "trainer.eval_split=null",
     ]
     running = {}
     for name, hook in {**hooks, "moving": None}.items():  # side by side: they mostly wait
-        job = {"ranks": 2, "folder": f"{folder}/{name}", "overrides": toy_overrides(toy, *fixed), "hook": hook}
+        job = {
+            "ranks": 2,
+            "folder": f"{folder}/{name}",
+            "overrides": toy_overrides(toy, *fixed, f"trainer.stall_s={STALL_S if hook else 30}"),
+            "hook": hook,
+        }
         running[name] = start(job, log=folder / f"{name}.txt")
     for name, process in running.items():
         finish(process, folder / f"{name}.txt", timeout=120)
@@ -57,6 +65,26 @@ def test_rank_1_says_so_of_rank_0(watched: Path) -> None:
 def test_all_go_on_once_the_rank_does(watched: Path) -> None:
     for name in ("still", "frozen", "frozen_main"):
         assert events(watched / name / "run", "end")[-1]["reason"] == "all steps done"
+
+
+def test_a_rank_that_was_told_to_stop_and_cannot_come_to_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(watch, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr("os._exit", codes.append)
+    with one_process(), process_group() as rank:
+        with watch.Watch(rank, tmp_path, stall_s=20, report=print, told=lambda: False) as left_alone:
+            left_alone.moving("computing", step=3)
+            time.sleep(0.5)
+        assert codes == []
+        with watch.Watch(rank, tmp_path, stall_s=0.4, report=print, told=lambda: True) as told:
+            told.moving("saving", step=3)
+            time.sleep(0.6)
+            assert codes == []  # a checkpoint is worth waiting for
+            told.moving("computing", step=3)
+            time.sleep(0.8)
+        assert 1 in codes
 
 
 def test_the_log_says_who_waited_for_whom(watched: Path) -> None:
