@@ -27,7 +27,6 @@ FLOAT = 4  # bytes
 GIB = 2**30
 _SPARSE_STATE = {SparseOptimizer.adagrad: 1, SparseOptimizer.adam: 2}  # floats a weight; row-wise Adagrad has one a row
 _USED = 0.01  # a table of which less is ever used is a mistake
-_FULL = 0.95  # share of a table below its highest id, from which on it is called nearly full
 
 
 def checkup(overrides: Sequence[str], *, ranks: int, memory: int, config_dir: str | None = None) -> list[Finding]:
@@ -105,7 +104,7 @@ def _has_truth(split: str) -> bool:
 def check_values(name: str, sample: Sample) -> list[Finding]:
     """The values of a sample, with what was repaired."""
     repaired = "; ".join(f"{what}: {count:,}" for what, count in sample.repairs.items())
-    value = f"{sample.num_rows:,} rows looked at, {sample.share:.3g} of the split" + (repaired and f"; {repaired}")
+    value = f"{sample.num_rows:,} rows looked at, {sample.share:.0%} of the split" + (repaired and f"; {repaired}")
     return [Finding(f"values {name}", value, "\n".join(" ".join(p.split()) for p in sample.problems) or None)]
 
 
@@ -157,8 +156,7 @@ def _table(name: str, distinct: float, num_embeddings: int, *, highest: int | No
     if highest is None:
         value += f", hashed: {shared:.0%} of ids share their row"
     else:
-        full = highest >= _FULL * (num_embeddings - 1)
-        value += f", the highest {highest:,}" + (": new ids will soon be outside" if full else "")
+        value += f", the highest {highest:,}" + (": no room for new ones" if highest == num_embeddings - 1 else "")
     if hashed and distinct > num_embeddings:
         problem = f"table '{name}' has {num_embeddings:,} rows for about {distinct:,.0f} hashed ids, {shared:.0%} of which share theirs"
         return Finding(f"table {name}", value, problem, f"raise data.tables.{name}.num_embeddings")
