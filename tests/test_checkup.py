@@ -61,7 +61,7 @@ def test_a_sound_run_has_no_problems_and_says_what_it_saw(toy: Path) -> None:
     said = {f.name: f.value for f in findings}
     assert said["configuration"] == "toy: 7 features, 4 tables, 3 tasks"
     assert said["split train"] == "1,004 rows in 13 row groups of 4 files"
-    assert said["values train"] == "1,004 rows looked at, 1 of the split"
+    assert said["values train"] == "1,004 rows looked at, 100% of the split"
     files = pa.concat_tables(
         [pq.read_table(file).drop_columns(["query"]) for file in (toy / "train").glob("*.parquet")]
     )

@@ -14,7 +14,12 @@ from tests.conftest import CONF, ROOT, toy_overrides
 from tests.test_kill import assert_every_row_once_an_epoch, assert_same_end, finish, losses, rows_of_steps, start
 from tests.test_train import events
 
-FIXED = ["trainer.num_epochs=4", "trainer.eval_every_steps=20", "trainer.log_every_steps=7"]
+FIXED = [
+    "trainer.num_epochs=4",
+    "trainer.eval_every_steps=20",
+    "trainer.log_every_steps=7",
+    "checkpoint.every_steps=40",
+]
 
 
 def test_notes_every_signal_and_leaves_as_it_was() -> None:
@@ -45,6 +50,7 @@ def stopped(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two ranks, one of which gets SIGTERM: in a step, in an evaluation, in the last step. And one that is left in peace."""
     folder = tmp_path_factory.mktemp("stopped")
     hooks = {
+        "fail": [0, "train_step", 50, "fail"],
         "peace": None,
         "step": [1, "train_step", 33, "terminate"],
         "eval": [0, "_heed_signal", 30, "terminate"],
@@ -76,6 +82,12 @@ class TestStopped:
         )
         assert [at for at, _ in got] == [20, 40, 60, 80, 84]
         assert got == expected
+
+
+def test_an_exception_in_a_rank_is_gone_over_too(stopped: Path) -> None:
+    assert [event["step"] for event in events(stopped / "fail" / "run", "start")] == [0, 40]  # the newest checkpoint
+    assert_same_end(stopped / "fail" / "run", stopped / "peace" / "run")
+    assert_every_row_once_an_epoch(rows_of_steps(stopped / "fail", 2), 84)
 
 
 def test_every_rank_ends_with_the_code_that_says_so(stopped: Path) -> None:

@@ -37,7 +37,7 @@ def resident_mib(pid: str) -> float:
 @pytest.mark.slow
 def test_memory_stays_flat(tmp_path: Path) -> None:
     overrides = [
-        *("data=tiny", f"data.path={write_tiny(tmp_path / 'data')}", "reader.global_batch_size=32768"),
+        *("data=tiny", f"data.path={write_tiny(tmp_path / 'data')}", "reader.global_batch_size=65536"),
         *("experts=shared_bottom", "interaction=none", "model.experts.layer_sizes=[8]", "model.towers.layer_sizes=[]"),
         *("trainer.num_epochs=1000000", "trainer.log_every_steps=50", "checkpoint.every_steps=100"),
         "trainer.eval_every_steps=150",
@@ -60,5 +60,5 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
         f"\n{last['rows']:,} rows in {last['step']:,} steps; MiB of each rank early {early.round()}, at the end {late.round()}"
     )
     assert (late - early < GROWTH_MIB).all()
-    assert last["step"] > 5 * SECONDS
+    assert last["step"] > SECONDS
     assert len(events(tmp_path / "run", "checkpoint")) > 1 and len(events(tmp_path / "run", "eval")) > 0

@@ -2,7 +2,7 @@
 
 A job is {"ranks": N, "restarts": N, "folder": DIR, "overrides": [...], "hook": [RANK, METHOD, COUNT, WHAT]}; the
 last has something happen to a rank when it comes to a method of the trainer for the COUNT-th time in its first life: terminate (SIGTERM),
-freeze (SIGSTOP, for some seconds) or stand_still. This is what torchrun does, but ranks are forked from a process that
+freeze (SIGSTOP, for some seconds), stand_still or fail. This is what torchrun does, but ranks are forked from a process that
 has imported everything, so that a start takes a second. Each rank leaves its process id in DIR/pids/ATTEMPT-RANK, and appends to
 DIR/rows-RANK.txt a line a step that it learns from: the step, then the rows.
 """
@@ -53,6 +53,10 @@ def stand_still() -> None:
     time.sleep(9)
 
 
+def fail() -> None:
+    raise RuntimeError("the disk is on fire")
+
+
 def hook(rank: int, name: str, count: int, what: str) -> None:
     if os.environ["RANK"] != str(rank) or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
         return
@@ -60,7 +64,7 @@ def hook(rank: int, name: str, count: int, what: str) -> None:
 
     def called(trainer: Trainer, *rest: object) -> object:
         if next(calls) == count:
-            {"terminate": terminate, "freeze": freeze, "stand_still": stand_still}[what]()
+            {"terminate": terminate, "freeze": freeze, "stand_still": stand_still, "fail": fail}[what]()
         return method(trainer, *rest)
 
     setattr(Trainer, name, called)
