@@ -17,12 +17,13 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from enum import Enum
 from hashlib import sha256
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -35,6 +36,7 @@ from rec.tensor_files import Sum, damage, read, staged, write
 
 VERSION = 2  # 1 had sizes alone, and neither state of the loop nor random numbers; it is still read
 _INFO = "checkpoint.json"
+_PATIENCE_S = 30
 
 
 class Resume(Enum):
@@ -240,9 +242,15 @@ class Checkpoints:
         writing, self._writing = self._writing, None
         return writing.result() if writing is not None else None
 
-    def close(self) -> None:
-        """Wait for the writing thread and end it."""
-        self._thread.shutdown(wait=True)
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if (
+            error is not None and self._writing is not None
+        ):  # the other ranks may be gone: do not wait for them for long
+            wait([self._writing], timeout=_PATIENCE_S)
+        self._thread.shutdown(wait=error is None)
         self._group = None
 
     def _write(self, state: dict[str, Any], info: Info) -> Written:
@@ -254,7 +262,7 @@ class Checkpoints:
             self._on_main(lambda: _make_empty(draft))
             sums = self._gathered(write(state, draft, group=self._group))  # type: ignore[arg-type]
             self._on_main(lambda: self._publish(draft, final, info, sums))
-        except Exception as failed:
+        except (Exception, CheckpointException) as failed:  # DCP's is no Exception
             if not (isinstance(failed, SaveError | CheckpointException) or is_of_storage(failed)):
                 raise
             error = f"{final} could not be written: {_cause(failed)}{_room(self.folder)}"
@@ -276,7 +284,8 @@ class Checkpoints:
         (draft / _INFO).write_text(json.dumps(asdict(info)))
         if draft != final:
             _flush(draft / _INFO)
-            _remove(final)
+            if final.exists():  # out of the way for a moment: two renames, and `_prune` deletes it
+                final.rename(_aside(final))
             draft.rename(final)
             _flush(self.folder)
         self._prune()
@@ -389,8 +398,12 @@ def _remove(path: Path) -> None:
             path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
         return
     if path.is_dir() and not path.name.startswith("."):
-        path = path.rename(path.with_name(f".dropping_{path.name}"))
+        path = path.rename(_aside(path))
     shutil.rmtree(path, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".dropping_{path.name}")
 
 
 def _flush(path: Path) -> None:

@@ -156,7 +156,10 @@ def sizes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def staged(state: dict[str, Any]) -> dict[str, Any]:
     """A copy of nested tensors, sharded ones too, in this machine's memory: the originals may be changed meanwhile."""
-    return BlockingAsyncStager().stage(state)
+    copied = BlockingAsyncStager().stage(state)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the copies do not wait for themselves
+    return copied
 
 
 def write(state: dict[str, Any], path: Path, *, group: dist.ProcessGroup) -> dict[str, Sum]:

@@ -97,7 +97,7 @@ def train(config: Config, rank: Rank) -> int | None:
     """One run, from its configuration to its last checkpoint; the saved step if it was told to stop before its end, else None."""
     with closing(RunLog(storage.path(config.run_dir or ""), active=rank.is_main)) as log:
         trainer = build(config, rank, log)
-        with closing(trainer.checkpoints):
+        with trainer.checkpoints:
             _train(config, rank, trainer)
         return trainer.info.step if trainer.told_to_stop else None
 

@@ -378,6 +378,8 @@ class Trainer:
 
     def _save(self) -> None:
         if not self.guard.healthy:
+            if self._ended:
+                raise TroubleError(f"step {self.info.step}: its gradient is not finite, and what it did is not saved")
             return  # the next step says why
         self._watch.moving("saving", step=self.info.step)
         self._tell(self.checkpoints.finish())

@@ -27,6 +27,8 @@ from rec.checkpoint import VERSION, CheckpointConfig, Checkpoints, DamagedError,
 from rec.config import Config, compose
 from rec.distributed import process_group
 from rec.features import Batch
+from rec.guard import TroubleError
+from rec.optim import Optimizers
 from rec.schema import ConfigError
 from rec.tensor_files import Sum
 from rec.trainer import Trainer
@@ -388,6 +390,23 @@ class TestWhatFails:
         monkeypatch.setattr(Trainer, "train_step", train_step)
         train(toy_config(toy, tmp_path / "run"))
         assert sorted(path.name for path in folder.iterdir()) == ["step_000000003", "step_000000004"]
+
+    def test_weights_that_are_no_numbers_are_not_saved(
+        self, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        step = Optimizers.step
+
+        def broken(optimizers: Optimizers) -> torch.Tensor:
+            norm = step(optimizers)
+            return norm * torch.nan if len(done) == 3 else norm
+
+        done: list[int] = []
+        learn = Trainer.train_step
+        monkeypatch.setattr(Optimizers, "step", broken)
+        monkeypatch.setattr(Trainer, "train_step", lambda *args: (learn(*args), done.append(1))[0])
+        with pytest.raises(TroubleError, match="step 4: its gradient is not finite, and what it did is not saved"):
+            train(toy_config(toy, tmp_path / "run"))
+        assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] == "step_000000003"
 
     def test_training_goes_on_while_a_checkpoint_is_written(
         self, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
