@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from rec import storage
 from rec.curves import Array
 from rec.intervals import (
     BinaryMeasure,
@@ -329,10 +330,12 @@ def parser() -> argparse.ArgumentParser:
         description="Paired differences of metrics between runs, with confidence intervals.",
         epilog="Predictions come from: torchrun ... -m rec.evaluate run_dir=RUN split=test predictions=true",
     )
-    p.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="the reference, then runs to compare with it")
-    p.add_argument("--reference", type=Path, nargs="+", metavar="RUN", help="runs of several seeds")
     p.add_argument(
-        "--candidate", type=Path, nargs="+", action="append", metavar="RUN", help="of the same seeds, in order"
+        "runs", type=storage.path, nargs="*", metavar="RUN", help="the reference, then runs to compare with it"
+    )
+    p.add_argument("--reference", type=storage.path, nargs="+", metavar="RUN", help="runs of several seeds")
+    p.add_argument(
+        "--candidate", type=storage.path, nargs="+", action="append", metavar="RUN", help="of the same seeds, in order"
     )
     p.add_argument("--names", nargs="+", metavar="NAME", help="for the output: of the reference and each candidate")
     p.add_argument("--split", default="test", help="default: %(default)s")

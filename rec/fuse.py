@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from scipy.special import expit
 from tqdm import tqdm
 
+from rec import storage
 from rec.curves import Array, auc, exact_curve, group_auc
 from rec.fusion import FusionConfig, FusionKind, combine, contributions, fuse, term_values, variance_shares
 from rec.intervals import TaskRows
@@ -264,7 +265,9 @@ kinds:
   rank          sum of weight * rank within the group (the request), 0 to 1""",
     )
     kinds = [kind.name for kind in FusionKind]
-    p.add_argument("--runs", type=Path, nargs="+", required=True, metavar="RUN", help="folders with predictions")
+    p.add_argument(
+        "--runs", type=storage.path, nargs="+", required=True, metavar="RUN", help="folders with predictions"
+    )
     p.add_argument("--split", default="test", help="default: %(default)s")
     p.add_argument("--weights", nargs="+", required=True, metavar="TASK=W", help="of a task, or of tasks joined by *")
     p.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="default: all")

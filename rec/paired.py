@@ -74,7 +74,8 @@ def read_predictions(run: Path, *, split: str = "test") -> Predictions:
         ConfigError: there are none, their parts do not belong together, they have no labels, a row is there twice, or a
             value is not finite.
     """
-    files = sorted(run.glob("part-*.parquet")) or sorted((run / "predictions" / split).glob("part-*.parquet"))
+    files = sorted(run.glob("part-*.parquet"), key=str)
+    files = files or sorted((run / "predictions" / split).glob("part-*.parquet"), key=str)
     if not files:
         raise ConfigError(f"{run}: no predictions of split '{split}'; make them: {_command(run, split)}")
     about, table = _read_parts(files, remedy=f"make them anew: {_command(run, split)}")
@@ -91,9 +92,10 @@ def _read_parts(files: Sequence[Path], *, remedy: str) -> tuple[dict[str, Any], 
     abouts, tables = [], []
     for file in files:
         try:
-            part = pq.ParquetFile(file)
-            abouts.append(json.loads((part.schema_arrow.metadata or {})[b"rec"]))
-            tables.append(part.read(columns=_columns(abouts[0]["tasks"], present=part.schema_arrow.names)))
+            with file.open("rb") as opened:
+                part = pq.ParquetFile(opened)
+                abouts.append(json.loads((part.schema_arrow.metadata or {})[b"rec"]))
+                tables.append(part.read(columns=_columns(abouts[0]["tasks"], present=part.schema_arrow.names)))
         except (pa.ArrowInvalid, KeyError, ValueError) as error:
             raise ConfigError(f"{file} is no file of predictions with labels ({error}); {remedy}") from error
         if abouts[-1] != abouts[0]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rec import storage
 from rec.paired import check_same_rows, how_rows_differ, read_predictions, shared_tasks, slices_of
 from rec.schema import ConfigError
 
@@ -53,6 +54,14 @@ def write_predictions(folder: Path, columns: Columns, *, ranks: int = 2, **about
 def write_run(run: Path, columns: Columns, **about: Any) -> Path:
     write_predictions(run / "predictions" / about.get("split", "test"), columns, **about)
     return run
+
+
+def test_a_run_in_a_store_is_read_as_one_on_disk(tmp_path: Path) -> None:
+    local = write_run(tmp_path / "run", make_columns())
+    stored = storage.path("memory://paired/run")
+    for file in (local / "predictions" / "test").iterdir():
+        storage.put(file, stored / "predictions" / "test" / file.name)
+    assert read_predictions(stored).table.equals(read_predictions(local).table)
 
 
 def test_rows_are_in_order_whatever_ranks_wrote_them(tmp_path: Path) -> None:
