@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,11 @@ class Trainer:
         self.told_to_stop = False  # agreed by all ranks
         self._signal = StopSignal()
         stall_s = min(config.stall_s, config.timeout_s / 2)
-        self._watch = Watch(rank, run_dir, stall_s=stall_s, report=self._warn, told=lambda: self._signal.requested)
+        self._watch = Watch(rank, run_dir, stall_s=stall_s, report=partial(self._warn, from_any=True), told=self._told)
         self._grad_norm = torch.zeros(())
+
+    def _told(self) -> bool:
+        return self._signal.requested
 
     @property
     def info(self) -> Info:
@@ -238,7 +242,7 @@ class Trainer:
         suspects = find_suspects(self.model, batch, outputs.logits, self.reader)
         text = f"step {self.info.step + 1} (epoch {epoch}, its step {step}): {verdict.why}{suspects}"
         if verdict.trouble is Trouble.stop:
-            self._finish_saving()
+            self._tell(self.checkpoints.finish())
             raise TroubleError(
                 f"{text}. Nothing was learned from this step, and the newest checkpoint is older; mend the data or the settings "
                 "(optim.dense.clip_grad_norm, learning rates), or leave such steps out with trainer.guard.not_finite=skip"
@@ -293,10 +297,11 @@ class Trainer:
         """Log an event at the current step."""
         self.log.event(event, step=self.info.step, rows=self.info.rows, **values)
 
-    def _warn(self, message: str) -> None:
-        """Log a warning, and print it: of a rank that is not rank 0 it is only printed."""
+    def _warn(self, message: str, *, from_any: bool = False) -> None:
+        """Log a warning, and print it on rank 0, or where it comes from."""
         self.event("warning", message=message)
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        if self.rank.is_main or from_any:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
 
     def _log_train(self, progress: tqdm) -> None:
         stretch = self.window.close(self.info.rows)
