@@ -24,7 +24,7 @@ import torch.distributed as dist
 from rec.distributed import Rank
 from rec.storage import is_local
 
-_PATIENCE_S = 30  # after SIGTERM a rank that does not move for so long will not come to save
+_PATIENCE_S = 60  # after SIGTERM a rank that does not move for so long will not come to save
 
 
 @dataclass
