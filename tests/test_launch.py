@@ -396,6 +396,13 @@ class TestStop:
     @pytest.fixture
     def start(self, installed, script):
         installed.write(".venv/bin/torchrun", STOPPING_TORCHRUN)
+        jobs = []
+
+        def heed_signals():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(
+                    number, signal.SIG_DFL
+                )  # nohup ignores one, `&` of a script another, and shells cannot undo it
 
         def start_and_wait(**variables):
             job = subprocess.Popen(
@@ -404,14 +411,19 @@ class TestStop:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                preexec_fn=heed_signals,
             )
+            jobs.append(job)
             until = time.monotonic() + 10
             while not (installed.root / "file").exists():
                 assert time.monotonic() < until and job.poll() is None, "torchrun was not called"
                 time.sleep(0.02)
             return job
 
-        return start_and_wait
+        yield start_and_wait
+        for job in jobs:
+            job.kill()
+            job.communicate()
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_signal_is_handed_on_and_a_checkpoint_gives_75(self, installed, start, number):
