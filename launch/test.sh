@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv if need be and runs the tests. Arguments go to pytest.
 #
-#   ./launch/test.sh                       all but the slow ones and those that need a GPU
+#   ./launch/test.sh                       all but the slow ones and those that need a GPU, two files at a time
 #   ./launch/test.sh -m slow               minutes of proof: many ranks, killed and resumed runs
 #   ./launch/test.sh tests/test_losses.py -k masked
 set -euo pipefail
@@ -9,5 +9,5 @@ set -euo pipefail
 
 ./launch/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start ranks, and several threads in each would fight for the cores
-if [[ $# -eq 0 ]]; then set -- -m "not slow and not gpu"; fi
+if [[ $# -eq 0 ]]; then set -- -m "not slow and not gpu" --numprocesses 2 --dist loadfile; fi
 run .venv/bin/python -m pytest "$@"

@@ -236,7 +236,7 @@ class TestSetup:
 class TestTest:
     def test_default_leaves_out_slow_and_gpu(self, installed):
         done = installed.run("launch/test.sh")
-        assert installed.calls() == ["-m pytest -m not slow and not gpu"]
+        assert installed.calls() == ["-m pytest -m not slow and not gpu --numprocesses 2 --dist loadfile"]
         assert "+ .venv/bin/python -m pytest -m" in done.stdout
 
     def test_arguments_are_passed_on(self, installed):
@@ -633,11 +633,11 @@ class TestContinuousIntegration:
         done = linted.run(".ci/run")
         assert done.returncode == 0, done.stderr
         assert [call.removesuffix(" OMP=") for call in linted.calls()] == [
-            "-m pytest -m not slow and not gpu",
+            "-m pytest -m not slow and not gpu --numprocesses 2 --dist loadfile",
             "ruff check .",
             "ruff format --check .",
             "mypy ",
-            "-m pytest -m slow and not gpu",
+            "-m pytest -m slow and not gpu --numprocesses 2 --dist loadfile",
         ]
 
     @pytest.mark.parametrize("tool", ["ruff", "mypy"])
