@@ -194,6 +194,7 @@ def close(got: object, want: object) -> None:
         assert got == want
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(trained: Path, run_dir: Path, tmp_path: Path) -> None:
     """The same calibrators, measures and predictions, whoever holds the rows."""
     rows = market(6000)

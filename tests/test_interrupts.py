@@ -64,6 +64,7 @@ def stopped(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "step"), [("step", 33), ("eval", 40), ("last", 84)])
 class TestStopped:
     def test_saves_where_it_stands_and_goes_on_from_there(self, stopped: Path, name: str, step: int) -> None:
@@ -84,12 +85,14 @@ class TestStopped:
         assert got == expected
 
 
+@pytest.mark.slow
 def test_an_exception_in_a_rank_is_gone_over_too(stopped: Path) -> None:
     assert [event["step"] for event in events(stopped / "fail" / "run", "start")] == [0, 40]  # the newest checkpoint
     assert_same_end(stopped / "fail" / "run", stopped / "peace" / "run")
     assert_every_row_once_an_epoch(rows_of_steps(stopped / "fail", 2), 84)
 
 
+@pytest.mark.slow
 def test_every_rank_ends_with_the_code_that_says_so(stopped: Path) -> None:
     said = (stopped / "log.txt").read_text()
     assert said.count(f"exitcode: {STOPPED}") >= 3

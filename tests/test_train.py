@@ -117,6 +117,7 @@ def test_tables_say_how_many_of_their_rows_were_trained(runs: Path) -> None:
     assert tables["item"]["rows_trained"] > 0.9
 
 
+@pytest.mark.slow
 def test_resume_at_another_world_size_and_plan(runs: Path, toy: Path, tmp_path: Path) -> None:
     """A run cut at step 21 and gone on with on other ranks, under another plan, ends where the uncut run ends."""
     cut = toy_overrides(toy, f"run_dir={tmp_path}/cut", "trainer.log_every_steps=1", "trainer.num_epochs=2")

@@ -43,6 +43,7 @@ def warnings(run: Path) -> list[str]:
     return [event["message"] for event in events(run / "run", "warning")]
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_is_named_before_the_others_and_its_stacks_are_shown(watched: Path) -> None:
     first, *_ = warnings(watched / "still")
     assert re.match(r"rank 1 \(\S+, process \d+\) has not moved for \d s, in waiting for data of step 9; stacks", first)
@@ -51,17 +52,20 @@ def test_a_rank_that_stands_still_is_named_before_the_others_and_its_stacks_are_
     assert "stand_still" in (watched / "still" / "run" / "stacks" / "rank_1.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_frozen_process_is_named(watched: Path) -> None:
     first, *_ = warnings(watched / "frozen")
     assert re.match(r"rank 1 \(\S+, process \d+\) has given no sign of life for \d s: its process is stopped", first)
 
 
+@pytest.mark.slow
 def test_rank_1_says_so_of_rank_0(watched: Path) -> None:
     assert re.search(
         r"rank 0 \(\S+, process \d+\) has given no sign of life for \d s", (watched / "frozen_main.txt").read_text()
     )
 
 
+@pytest.mark.slow
 def test_all_go_on_once_the_rank_does(watched: Path) -> None:
     for name in ("still", "frozen", "frozen_main"):
         assert events(watched / name / "run", "end")[-1]["reason"] == "all steps done"
@@ -87,6 +91,7 @@ def test_a_rank_that_was_told_to_stop_and_cannot_come_to_it_ends(
         assert 1 in codes
 
 
+@pytest.mark.slow
 def test_the_log_says_who_waited_for_whom(watched: Path) -> None:
     line = events(watched / "still" / "run", "train")[9]  # the step in which rank 1 stood still
     assert line["step"] == 10
@@ -96,6 +101,7 @@ def test_the_log_says_who_waited_for_whom(watched: Path) -> None:
     assert set(spent) == {"data", "peers", "rest"}
 
 
+@pytest.mark.slow
 def test_nothing_is_reported_of_a_run_that_moves(watched: Path) -> None:
     assert not (watched / "moving" / "run" / "stacks").exists()
     assert warnings(watched / "moving") == []
