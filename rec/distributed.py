@@ -78,7 +78,7 @@ def _of_this_attempt(store: dist.Store, rank: int, world_size: int, *, timeout_s
     """The part of torchrun's store that no earlier attempt has written to.
 
     torchrun has one store for all attempts of a job, in which the addresses of dead ranks stay and are taken for those of the living
-    (pytorch issue 135712). So rank 0 invents a name, and tells it to each rank that says hello. A hello may be a dead rank's; only the
+    (pytorch/pytorch#135712). So rank 0 invents a name, and tells it to each rank that says hello. A hello may be a dead rank's; only the
     living say thanks.
     """
     own = uuid.uuid4().hex
