@@ -142,6 +142,7 @@ class Guard:
         """Go on from a `state`, also of another window."""
         skipped, *recent = state.tolist()
         self.skipped = int(skipped)
+        self._recent.clear()
         self._recent.extend(x for x in recent if math.isfinite(x))
 
 

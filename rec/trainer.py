@@ -228,7 +228,7 @@ class Trainer:
         verdict = self.guard.judge(losses.total, losses.by_task, told=self._signal.requested)
         if verdict.trouble is None:
             (losses.total * self.rank.world_size).backward()  # TorchRec and DDP average gradients over ranks
-            self.weighting.sync_gradients()
+            self.weighting.after_backward()
             self._grad_norm = self.optimizers.step()
             self.guard.note_gradient(self._grad_norm)
             self.window.add(losses)

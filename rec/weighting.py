@@ -73,8 +73,8 @@ class TaskWeighting(nn.Module):
         """What to log of the last step."""
         return {}
 
-    def sync_gradients(self) -> None:
-        """Average the gradients of the learned weights over ranks, as DDP does with the network's. Ranks wait here."""
+    def after_backward(self) -> None:
+        """Called in every step that is learned from: averages the gradients of learned weights over ranks, as DDP does. Ranks wait here."""
         for parameter in self.parameters():
             if parameter.grad is not None:
                 sum_over_ranks(parameter.grad)
@@ -115,15 +115,20 @@ class GradNorm(TaskWeighting):
         super().__init__(config, tasks)
         self.register_buffer("weights", torch.ones(len(tasks)))
         self.register_buffer("first_losses", torch.zeros(len(tasks)))
+        self._found = torch.zeros(2, len(tasks))  # norms of the tasks' gradients at z, losses: of the last forward
 
     def forward(self, losses: Tensor, *, shares: Tensor, shared: Tensor, step: int) -> Tensor:
         """See `TaskWeighting`."""
         total = (self.weights.clone() * losses).sum()
         squares = torch.stack([gradient.float().square().sum() for gradient in _gradients(losses, shared)])
         summed = sum_over_ranks(torch.cat([squares, losses.detach()]))
-        norms, values = summed[: len(losses)].sqrt(), summed[len(losses) :]
-        self._update(norms, values)
+        self._found = torch.stack([summed[: len(losses)].sqrt(), summed[len(losses) :]])
         return total
+
+    def after_backward(self) -> None:
+        """Not in the forward: what a skipped step found is not to move the weights."""
+        super().after_backward()
+        self._update(*self._found)
 
     def _update(self, norms: Tensor, losses: Tensor) -> None:
         """Move the weights against the gradient of sum_t |w_t n_t - mean(w n) r_t^alpha|, r_t the relative inverse pace."""

@@ -12,14 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rec import checkup, sample
+from rec import checkup
 from rec.checkpoint import CheckpointConfig
 from rec.config import Config, compose
-from rec.data import RowGroup, Split
 from rec.findings import Finding, render
-from rec.schema import DataConfig
 from tests.conftest import CONF, toy_overrides
-from tests.test_bad_input import column, make_config, make_table, twice, value, write_files
+from tests.test_bad_input import column, twice, value
 
 PLENTY = 2**40
 
@@ -254,34 +252,3 @@ def test_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not finding.problem
     (finding,) = checkup.check_room("s3://bucket/run", config, size)
     assert not finding.problem and "s3://bucket/run" in finding.value
-
-
-# --- the sample ---
-
-
-def groups(*sizes: int) -> list[RowGroup]:
-    return [RowGroup("f", i, n) for i, n in enumerate(sizes)]
-
-
-def test_a_sample_is_bounded_and_from_all_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "MAX_ROWS", 1000)
-    assert sample.chosen(groups(100, 0, 900)) == [RowGroup("f", 0, 100), RowGroup("f", 2, 900)]
-    found = [group.index for group in sample.chosen(groups(*[100] * 1000))]
-    assert len(found) == 10 and found[0] == 0 and found[-1] == 999
-    assert len(sample.chosen(groups(5000, 5000))) == 1
-    assert len(sample.chosen(groups(*[1] * 900))) == sample.MAX_ROW_GROUPS
-    assert sample.chosen(groups(0, 0)) == []
-
-
-def test_parts_of_a_data_set_read_the_columns_of_the_whole(tmp_path: Path) -> None:
-    data: DataConfig = make_config(write_files(tmp_path))
-    parts = list(sample.each_alone(data, truth=False))
-    assert {column for part in parts for column in part.columns} == set(make_table().column_names)
-    taken = sample.take_sample(Split(data, "train"), data)
-    assert taken.num_rows == 60 and taken.share == 1 and not taken.problems
-    assert taken.highest == {
-        "user": 59,
-        "item": 29,
-        "tags": 29,
-        "history": 29,
-    }

@@ -77,11 +77,13 @@ class TestGradNorm:
         factors = [3.0, 1.0, 0.2]
         first = torch.stack([f * (z @ h).square().mean() for f, h in zip(factors, heads, strict=True)])
         weighting(first, shares=torch.ones(3), shared=z, step=0)
+        weighting.after_backward()
         weighting.weights.copy_(torch.tensor([0.5, 1.5, 1.0]))
         z2 = shared()
         losses = torch.stack([f * (z2 @ h).square().mean() for f, h in zip(factors, heads, strict=True)])
         total = weighting(losses, shares=torch.ones(3), shared=z2, step=1)
         assert total.item() == pytest.approx(float(torch.tensor([0.5, 1.5, 1.0]) @ losses.detach()), rel=1e-5)
+        weighting.after_backward()
 
         w = torch.tensor([0.5, 1.5, 1.0], requires_grad=True)
         norms = torch.stack([torch.autograd.grad(loss, z2, retain_graph=True)[0].norm() for loss in losses])
@@ -98,6 +100,7 @@ class TestGradNorm:
             z = shared(4, 2)
             losses = scales * z.sum(dim=1).sigmoid().mean()
             weighting(losses, shares=torch.ones(3), shared=z, step=step)
+            weighting.after_backward()
             late += weighting.weights if step >= 1500 else 0
         norms = (late / 500 * scales).tolist()
         assert max(norms) / min(norms) < 1.1
@@ -108,7 +111,13 @@ class TestGradNorm:
         z = shared()
         losses = torch.stack([z.square().mean(), z.mean() ** 2, z.sum() * 0])
         weighting(losses, shares=torch.tensor([1.0, 1.0, 0.0]), shared=z, step=0)
+        weighting.after_backward()
         assert torch.isfinite(weighting.weights).all() and weighting.first_losses[2] == 0
+
+    def test_a_step_that_is_not_learned_from_leaves_no_trace(self) -> None:
+        weighting, z = GradNorm(WeightingConfig(), THREE), shared()
+        weighting(torch.stack([z.mean() * torch.nan, z.mean() ** 2, z.sum()]), shares=torch.ones(3), shared=z, step=0)
+        assert weighting.weights.tolist() == [1, 1, 1] and weighting.first_losses.tolist() == [0, 0, 0]
 
 
 def project_by_loops(gradients: np.ndarray, order: list[list[int]]) -> np.ndarray:
