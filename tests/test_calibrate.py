@@ -15,7 +15,7 @@ from rec import predict as prediction
 from rec.calibration import FILE, CalibratorKind
 from rec.config import compose
 from rec.schema import ConfigError
-from tests.conftest import CONF, torchrun, toy_overrides, write_toy
+from tests.conftest import CONF, start_ranks, toy_overrides, write_toy
 from tests.test_calibration import fitted, market
 from tests.test_checkpoint import one_process, train
 from tests.test_train import events
@@ -200,7 +200,7 @@ def test_two_ranks_are_one(trained: Path, run_dir: Path, tmp_path: Path) -> None
     rows = market(6000)
     torch.save(rows, tmp_path / "rows.pt")
     two = Path(shutil.copytree(trained, tmp_path / "two"))
-    torchrun("tests/workers/calibration_worker.py", str(two), str(tmp_path / "rows.pt"), str(tmp_path / "out"))
+    start_ranks("tests/workers/calibration_worker.py", str(two), str(tmp_path / "rows.pt"), str(tmp_path / "out"))
     for kind in CalibratorKind:
         for per_domain in (True, False):
             ranks = [(tmp_path / "out" / f"{kind.name}-{per_domain}-{r}" / FILE).read_text() for r in (0, 1)]

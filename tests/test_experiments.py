@@ -17,7 +17,7 @@ from rec.config import CONF, Config
 from rec.distributed import process_group
 from rec.schema import DataConfig, FeatureKind, TaskKind
 from rec.train import train
-from tests.conftest import torchrun
+from tests.conftest import start_ranks
 from tests.test_checkpoint import one_process
 from tests.test_train import events, weights
 from tests.workers.experiments_worker import BATCH, CUT, NUM_STEPS, resumed, small
@@ -111,7 +111,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     for config in configs.values():
         write_rows(config.data)
     (folder / "configs").write_bytes(pickle.dumps(list(configs.values())))
-    torchrun("tests/workers/experiments_worker.py", str(folder / "configs"))
+    start_ranks("tests/workers/experiments_worker.py", str(folder / "configs"))
     return configs
 
 

@@ -19,7 +19,7 @@ from rec.features import Batch
 from rec.model import Ranker
 from rec.schema import ConfigError
 from rec.serving import Served, inputs_of
-from tests.conftest import torchrun, toy_overrides, toy_table
+from tests.conftest import start_ranks, toy_overrides, toy_table
 from tests.test_checkpoint import contents, one_process
 from tests.test_serving import batch_of, expected_preds, fitted
 from tests.test_train import weights
@@ -63,7 +63,7 @@ def run_dir(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trainer.eval_split=null",
     ]
     jobs = [toy_overrides(toy, f"run_dir={run_dir}", *changes)]
-    torchrun("tests/workers/train_worker.py", json.dumps(jobs), ranks=2)
+    start_ranks("tests/workers/train_worker.py", json.dumps(jobs), ranks=2)
     return run_dir
 
 

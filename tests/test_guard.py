@@ -10,7 +10,7 @@ import torch
 from rec.distributed import process_group
 from rec.guard import Guard, GuardConfig, Trouble
 from rec.schema import ConfigError
-from tests.conftest import torchrun
+from tests.conftest import start_ranks
 from tests.test_checkpoint import one_process
 from tests.test_train import events
 
@@ -94,8 +94,8 @@ class TestJudge:
 def said(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str]]]:
     """Runs on two ranks with something wrong in the middle: their folder, and what each rank says of them."""
     folder = tmp_path_factory.mktemp("trouble")
-    done = torchrun("tests/workers/trouble_worker.py", str(toy), str(folder))
-    return folder, json.loads(re.search(r"^SAID (.*)$", done.stdout, re.M)[1])
+    printed = start_ranks("tests/workers/trouble_worker.py", str(toy), str(folder))
+    return folder, json.loads(re.search(r"^SAID (.*)$", printed, re.M)[1])
 
 
 class TestOnTwoRanks:

@@ -15,7 +15,7 @@ from scipy.stats import entropy
 from rec import health as module
 from rec.health import ExpertHealth, HealthResult, TaskHealth, advice, table_of_health
 from rec.schema import ConfigError
-from tests.conftest import ROOT, torchrun
+from tests.conftest import ROOT, start_ranks
 
 TASKS = ["click", "cart", "purchase"]
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # gate_weights, expert_outputs, counts
@@ -175,7 +175,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
         steps = list(zip(*(x.split(40) for x in make_rows(num_rows, seed=3)), strict=True))
         cases[name] = {"tasks": TASKS, "cka_rows": cka_rows, "share": share, "steps": steps}
     torch.save(cases, tmp_path / "steps.pt")
-    torchrun(str(ROOT / "tests/workers/health_worker.py"), str(tmp_path / "steps.pt"), str(tmp_path / "out.json"))
+    start_ranks(str(ROOT / "tests/workers/health_worker.py"), str(tmp_path / "steps.pt"), str(tmp_path / "out.json"))
     for results in json.loads((tmp_path / "out.json").read_text()):
         assert_close(results["uneven"], asdict(diagnose(make_rows(500, seed=3), batch_size=40, cka_rows=70)))
         assert_close(results["padding alone"], asdict(diagnose(make_rows(120, seed=3))))

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from rec.curves import BINARY_METRICS, REGRESSION_METRICS, TRUTH_METRICS
 from rec.metrics import MetricsConfig, MultitaskMetrics
 from rec.schema import TaskConfig, TaskKind
-from tests.conftest import ROOT, torchrun
+from tests.conftest import ROOT, start_ranks
 from tests.test_curves import loop_ece, loop_gauc
 
 TASKS = {
@@ -424,7 +424,7 @@ def test_two_and_three_ranks_equal_one_process(tmp_path: Path) -> None:
     rows["domain_id"][::5] = -1
     torch.save({"rows": rows, "tasks": TASKS, "domains": DOMAINS, "configs": CONFIGS}, tmp_path / "rows.pt")
     worker = [str(ROOT / "tests/workers/metrics_worker.py"), str(tmp_path / "rows.pt"), str(tmp_path / "out.json")]
-    torchrun(*worker, ranks=3, timeout=120)
+    start_ranks(*worker, ranks=3, timeout=120)
     ranks = json.loads((tmp_path / "out.json").read_text())
     assert [len(results) for results in ranks] == [2 * len(CONFIGS), 2 * len(CONFIGS), len(CONFIGS)]
     for name, config in CONFIGS.items():

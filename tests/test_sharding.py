@@ -7,13 +7,13 @@ from rec.config import compose
 from rec.embeddings import Embeddings
 from rec.schema import ConfigError
 from rec.sharding import ShardingConfig, _fill, init_tables
-from tests.conftest import CONF, torchrun, toy_overrides
+from tests.conftest import CONF, start_ranks, toy_overrides
 
 
 def test_every_kind_of_sharding_gives_the_one_device_network(toy: Path) -> None:
-    done = torchrun("tests/workers/sharding_worker.py", str(toy), ranks=2)
+    printed = start_ranks("tests/workers/sharding_worker.py", str(toy), ranks=2)
     row_wise, table_wise, column_wise, auto, mixed, *with_all_parts = (
-        eval(line) for line in done.stdout.splitlines() if line.startswith("{")
+        eval(line) for line in printed.splitlines() if line.startswith("{")
     )
     assert set(row_wise.values()) == {"row_wise"}
     assert set(table_wise.values()) == {"table_wise"}

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from rec import config as configuration
 from rec.train import run_folder
-from tests.conftest import CONF, torchrun, toy_overrides
+from tests.conftest import CONF, start_ranks, torchrun, toy_overrides
 
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
 
@@ -67,7 +67,7 @@ def runs(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             for kind in SHARDINGS
         ]
-        torchrun("tests/workers/train_worker.py", json.dumps(jobs), ranks=ranks)
+        start_ranks("tests/workers/train_worker.py", json.dumps(jobs), ranks=ranks)
     return folder
 
 
@@ -123,11 +123,11 @@ def test_resume_at_another_world_size_and_plan(runs: Path, toy: Path, tmp_path: 
     cut = toy_overrides(toy, f"run_dir={tmp_path}/cut", "trainer.log_every_steps=1", "trainer.num_epochs=2")
     cut += ["optim.sparse.eps=1e-3", "optim.dense.eps=1e-3", "checkpoint.every_steps=17"]
     whole = [*cut, f"run_dir={tmp_path}/whole", "sharding.default=row_wise"]
-    torchrun("tests/workers/train_worker.py", json.dumps([[*cut, "sharding.default=row_wise"], whole]), ranks=2)
+    start_ranks("tests/workers/train_worker.py", json.dumps([[*cut, "sharding.default=row_wise"], whole]), ranks=2)
     last = sorted((tmp_path / "cut" / "checkpoints").glob("step_*"))[-1]
     assert last.name == "step_000000042"
     shutil.rmtree(last)  # as if the run had been cut before its end
-    torchrun("tests/workers/train_worker.py", json.dumps([[*cut, "sharding.default=table_wise"]]), ranks=3)
+    start_ranks("tests/workers/train_worker.py", json.dumps([[*cut, "sharding.default=table_wise"]]), ranks=3)
     assert events(tmp_path / "cut", "start")[-1]["step"] == 34
     expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     for key, value in expected.items():
@@ -142,9 +142,9 @@ def test_command_line_evaluates_what_was_trained(toy: Path, tmp_path: Path) -> N
     assert "100 steps of 50 rows on 2 cpu ranks" in done.stdout and "purchase" in done.stdout
     losses = [event["losses"]["click"] for event in events(run_dir, "train")]
     assert losses[-1] < losses[0] - 0.1  # it learns
-    again = torchrun("-m", "rec.train", "--config-dir", str(CONF), *overrides)
-    assert "was done already at step 100" in again.stdout
-    torchrun("-m", "rec.evaluate", f"run_dir={run_dir}", "split=valid", ranks=3)
+    again = start_ranks("rec/train.py", "--config-dir", str(CONF), *overrides)
+    assert "was done already at step 100" in again
+    start_ranks("rec/evaluate.py", f"run_dir={run_dir}", "split=valid", ranks=3)
     during, after = events(run_dir, "eval")
     assert during["split"] == after["split"] == "valid"
     assert known(after["metrics"]["click"]) == pytest.approx(known(during["metrics"]["click"]), rel=1e-5)

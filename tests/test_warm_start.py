@@ -10,7 +10,7 @@ from rec.data import Reader
 from rec.model import Ranker
 from rec.schema import ConfigError
 from rec.warm_start import _old_names, check_order
-from tests.conftest import CONF, TWO_TOWERS, torchrun, toy_overrides
+from tests.conftest import CONF, TWO_TOWERS, start_ranks, toy_overrides
 from tests.test_train import events, weights
 
 KNOWN = ["data.domain.names=[home]", "data.domain.allow_unknown=true", "data.tasks.click.domains=[home]"]
@@ -57,7 +57,7 @@ def runs(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         toy_overrides(toy, *SIX, f"run_dir={folder}/plain"),
         toy_overrides(toy, *SIX, *grown, "data=toy_grown", "checkpoint.rename=[member:user]"),
     ]
-    torchrun("tests/workers/train_worker.py", json.dumps(jobs), ranks=2)
+    start_ranks("tests/workers/train_worker.py", json.dumps(jobs), ranks=2)
     return folder
 
 

@@ -21,7 +21,7 @@ from rec.weighting import (
     build_weighting,
     project,
 )
-from tests.conftest import CONF, torchrun, toy_overrides
+from tests.conftest import CONF, start_ranks, toy_overrides
 from tests.test_checkpoint import one_process, train
 from tests.test_train import events, weights
 
@@ -229,7 +229,7 @@ def rank_runs(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weighting")
     for ranks in (1, 3):
         jobs = [rank_job(toy, folder / str(ranks), kind) for kind in RANK_JOBS]
-        torchrun("tests/workers/train_worker.py", json.dumps(jobs), ranks=ranks)
+        start_ranks("tests/workers/train_worker.py", json.dumps(jobs), ranks=ranks)
     return folder
 
 
