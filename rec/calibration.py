@@ -17,6 +17,7 @@ isotonic curves make ties; the order between domains is what changes.
 import json
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,7 @@ class Calibrators(nn.Module):
             for name, of in self.cells_.items()
         }
         said = {"version": VERSION, "fitted_on": asdict(self.fitted_on_), "config": config, "tasks": tasks}
+        said["sha256"] = _digest(said)
         with storage.replacing(folder / FILE) as draft:
             draft.write_text(json.dumps(said, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return folder / FILE
@@ -223,22 +225,24 @@ class Calibrators(nn.Module):
                 raise ConfigError(
                     f"{path} has version {said['version']}, expected at most {VERSION}; update to read it"
                 )
+            if said.get("sha256", found := _digest(said)) != found:
+                raise ValueError(f"its content has SHA-256 {found[:12]}..., {said['sha256'][:12]}... was written")
             config = CalibrationConfig(**said["config"] | {"kind": CalibratorKind[said["config"]["kind"]]})
-            found = cls(tasks, domains=domains, config=config)
-            found.fitted_on_ = FittedOn(**said["fitted_on"])
-            found.cells_ = {
+            calibrators = cls(tasks, domains=domains, config=config)
+            calibrators.fitted_on_ = FittedOn(**said["fitted_on"])
+            calibrators.cells_ = {
                 name: TaskCells(Cell(**of["global"]), {domain: Cell(**cell) for domain, cell in of["domains"].items()})
                 for name, of in said["tasks"].items()
             }
-            found._check_tasks(path)
-            found._compile()
+            calibrators._check_tasks(path)
+            calibrators._compile()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
                 f"{path} is no calibration ({type(error).__name__}: {error}); fit it again with rec.calibrate"
             ) from error
-        return found
+        return calibrators
 
     def _check_tasks(self, path: Path) -> None:
         missing = [name for name in self.calibrated if name not in self.cells_]
@@ -246,6 +250,12 @@ class Calibrators(nn.Module):
             raise ConfigError(
                 f"{path} has no calibration of the tasks {missing}, only of {list(self.cells_)}; fit it again with rec.calibrate"
             )
+
+
+def _digest(said: dict[str, Any]) -> str:
+    """SHA-256 of what a file says, less this number: a refit has another, so a checkpoint's own sums cannot hold it."""
+    text = json.dumps({key: value for key, value in said.items() if key != "sha256"}, sort_keys=True)
+    return sha256(text.encode()).hexdigest()
 
 
 def _plain(cell: Cell) -> dict[str, Any]:

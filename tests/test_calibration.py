@@ -227,6 +227,17 @@ class TestFile:
         ):
             Calibrators.load(tmp_path, TASKS | {"like": TaskConfig(label="like")}, domains=DOMAINS)
 
+    def test_a_digit_that_is_not_what_was_written(self, calibrators: Calibrators, tmp_path: Path) -> None:
+        path = calibrators.save(tmp_path)
+        said = json.loads(path.read_text())
+        said["tasks"]["click"]["global"]["rows"] += 1
+        path.write_text(json.dumps(said))
+        with pytest.raises(ConfigError, match=r"no calibration .*SHA-256 \w{12}\.\.\., \w{12}\.\.\. was written"):
+            Calibrators.load(tmp_path, TASKS, domains=DOMAINS)
+        del said["sha256"]  # as files had it before
+        path.write_text(json.dumps(said))
+        assert Calibrators.load(tmp_path, TASKS, domains=DOMAINS)
+
     @pytest.mark.parametrize(
         ("text", "said"),
         [
