@@ -78,21 +78,26 @@ def rank_main(config: Config, folder: Path, hooked: list | None) -> None:
     run_entry(lambda: run(config))
 
 
+def one_machine(ranks: int, *, restarts: int = 0) -> LaunchConfig:
+    """What torchrun makes of `--standalone --nproc-per-node RANKS --max-restarts RESTARTS`, but that ranks are forked."""
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=restarts,
+        monitor_interval=0.05,
+        start_method="fork",
+    )
+
+
 def launch(job: dict) -> None:
     folder = Path(job["folder"])
     (folder / "pids").mkdir(parents=True, exist_ok=True)
     config = compose([*job["overrides"], f"run_dir={folder}/run"], config_dir="tests/conf")
-    agent = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=job["ranks"],
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=job.get("restarts", 0),
-        monitor_interval=0.05,
-        start_method="fork",
-    )
+    agent = one_machine(job["ranks"], restarts=job.get("restarts", 0))
     elastic_launch(agent, rank_main)(config, folder, job.get("hook"))
 
 

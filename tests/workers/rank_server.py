@@ -12,11 +12,10 @@ import signal
 import sys
 import time
 import traceback
-import uuid
 
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
 
-import rec.train  # noqa: F401 - for the ranks
+from tests.workers.elastic_worker import one_machine  # with it comes all that a rank imports
 
 POLL_S = 0.02
 
@@ -33,18 +32,7 @@ def launch(job: dict) -> None:
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    agent = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=job["ranks"],
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.05,
-        start_method="fork",
-    )
-    elastic_launch(agent, rank_main)(job["script"])
+    elastic_launch(one_machine(job["ranks"]), rank_main)(job["script"])
 
 
 def answer(job: dict) -> str:
