@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -213,19 +214,20 @@ class Trainer:
         Returns:
             Whether SIGTERM has come to any rank.
         """
-        with self.window.spending("peers"):
-            self._watch.moving("waiting for the other ranks", step=self.info.step)
+        with self._waiting_for("the other ranks"):
             batch = batch.to(self.rank.device, non_blocking=True)
             weights = self.loss.sampled(batch.labels, batch.weights, batch.draws)
             own_weights = weights.sum(dim=0)
             global_weights = sum_over_ranks(own_weights.clone())
-        self._watch.moving("computing", step=self.info.step)
         self.optimizers.set_lr(self.lr_factor)
         self.optimizers.zero_grad()
         outputs = self.model(batch)
         losses = self.loss(outputs.logits, batch.labels, weights, global_weights, towers=outputs.towers)
         losses.total = self._total(losses, outputs, batch, own_weights / global_weights.clamp(min=1e-30))
-        verdict = self.guard.judge(losses.total, losses.by_task, told=self._signal.requested)
+        if self.rank.device.type == "cuda":
+            torch.cuda.synchronize(self.rank.device)  # what the GPU has still to do is no waiting for other ranks
+        with self._waiting_for("the other ranks' losses"):
+            verdict = self.guard.judge(losses.total, losses.by_task, told=self._signal.requested)
         if verdict.trouble is None:
             (losses.total * self.rank.world_size).backward()  # TorchRec and DDP average gradients over ranks
             self.weighting.after_backward()
@@ -235,6 +237,14 @@ class Trainer:
         else:
             self._handle(verdict, batch, outputs)
         return verdict.told
+
+    @contextmanager
+    def _waiting_for(self, whom: str) -> Iterator[None]:
+        """Within it this rank waits in a collective; after it, it computes."""
+        self._watch.moving(f"waiting for {whom}", step=self.info.step)
+        with self.window.spending("peers"):
+            yield
+        self._watch.moving("computing", step=self.info.step)
 
     def _handle(self, verdict: Verdict, batch: Batch, outputs: Outputs) -> None:
         """Say what is wrong with a step, and stop unless it is to be skipped. Ranks wait for each other here."""

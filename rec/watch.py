@@ -1,19 +1,23 @@
 """Who stands still? Every rank gives signs of life; one that stops moving is named, with the stack of every thread.
 
-A thread of every rank tells the others, through torchrun's store, what its main thread is doing and since when. Where nothing has moved for
-`stall_s` seconds, rank 0 says which rank is behind all others, and rank 1 says so of rank 0. Stacks are written by `faulthandler`, whose
-timer does not need Python to be able to run: into `stacks/rank_N.txt` of the run folder.
+A thread of every rank tells the others, through torchrun's store, what its main thread is doing and since when. Where nothing has moved
+for `stall_s` seconds, each rank writes its stacks into `stacks/rank_N.txt` of the run folder, rank 0 says which rank is behind all
+others, and rank 1 says so of rank 0. Of a process that cannot even do that, because something in it holds the interpreter, a rank on
+the same host has `faulthandler` show the stacks. Not by its timer: that goes off while threads run, when a process was stopped and
+goes on, and walking frames that change can crash it.
 """
 
 import contextlib
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +28,8 @@ import torch.distributed as dist
 from rec.distributed import Rank
 from rec.storage import is_local
 
+_SHOW_STACKS = signal.SIGRTMAX - 1  # to standard error; no scheduler uses it
+_DONE = "done"
 _PATIENCE_S = 60  # after SIGTERM a rank that does not move for so long will not come to save
 
 
@@ -37,6 +43,7 @@ class Beat:
         moves: how often it has said so.
         seconds: since it last did.
         host, pid: where it runs.
+        born: when the process began, as the kernel counts: tells it from another of the same number.
     """
 
     step: int = 0
@@ -45,6 +52,7 @@ class Beat:
     seconds: float = 0.0
     host: str = ""
     pid: int = 0
+    born: str = ""
 
 
 class Watch:
@@ -72,7 +80,7 @@ class Watch:
         self.folder = (run_dir if is_local(run_dir) else Path(tempfile.gettempdir()) / f"rec_{os.getpid()}") / "stacks"
         self._report = report
         self._told = told
-        self._own = Beat(host=socket.gethostname(), pid=os.getpid())
+        self._own = Beat(host=socket.gethostname(), pid=os.getpid(), born=_process(os.getpid())[1])
         self._moved = time.monotonic()
         self._ended = threading.Event()
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last beat, and when that came
@@ -84,8 +92,8 @@ class Watch:
         own.doing, own.step, own.moves, self._moved = doing, step, own.moves + 1, time.monotonic()
 
     def __enter__(self) -> "Watch":
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._stacks = (self.folder / f"rank_{self.rank.rank}.txt").open("w")
+        if sys.__stderr__:
+            faulthandler.register(_SHOW_STACKS, file=sys.__stderr__)  # for good: without it the signal would kill
         self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -94,19 +102,18 @@ class Watch:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
         self._thread.join(timeout=5)
-        faulthandler.cancel_dump_traceback_later()
-        self._stacks.close()
-        with contextlib.suppress(OSError):  # another rank may be at it too, or somebody has removed the folder
-            if not os.path.getsize(self._stacks.name):
-                os.unlink(self._stacks.name)
-            self.folder.rmdir()  # if it is empty
+        if kind is None and not self._thread.is_alive():  # else the store may be out of reach
+            self._own.doing = _DONE
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                self._tell()
 
     def _run(self) -> None:
-        moves = -1
-        while not self._ended.wait(min(5.0, self.stall_s / 4) if moves >= 0 else 0):
-            if self._own.moves != moves:  # else the timer of the last movement goes on
-                moves = self._own.moves
-                faulthandler.dump_traceback_later(max(0.1, self.stall_s - self._still()), file=self._stacks)
+        written, pause = -1, 0.0
+        while not self._ended.wait(pause):
+            pause = min(5.0, self.stall_s / 4)
+            if self._own.moves != written and self._still() > self.stall_s:
+                written = self._own.moves
+                self._write_stacks()
             try:
                 self._tell()
                 self._look()
@@ -120,6 +127,17 @@ class Watch:
                     file=sys.stderr,
                 )
                 os._exit(1)
+
+    def _write_stacks(self) -> None:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        stacks = [
+            f"{names.get(ident, 'thread')} ({ident}):\n{''.join(traceback.format_stack(frame))}"
+            for ident, frame in sys._current_frames().items()
+        ]
+        text = "\n".join(reversed(stacks))  # the main thread's first
+        with contextlib.suppress(OSError):  # somebody has removed the run's folder, or filled its disk
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"rank_{self.rank.rank}.txt").write_text(text)
 
     def _still(self) -> float:
         return time.monotonic() - self._moved
@@ -136,16 +154,13 @@ class Watch:
             said = self._store.get(f"beat/{other}").decode() if self._store.check([f"beat/{other}"]) else ""
             if said != self._seen.get(other, ("-", 0.0))[0]:
                 self._seen[other] = said, time.monotonic()
-            if said:
-                beats[other] = Beat(**json.loads(said))
+            beat = Beat(**json.loads(said or "{}"))
+            if said and beat.doing != _DONE:
+                beats[other] = beat
         silent = {other: time.monotonic() - self._seen[other][1] for other in beats}
         for other, seconds in silent.items():
             if seconds > self.stall_s:
-                self._say(
-                    other,
-                    beats[other],
-                    f"has given no sign of life for {seconds:.0f} s: its process is stopped, or its host is cut off",
-                )
+                self._say(other, beats[other], f"has given no sign of life for {seconds:.0f} s", ask=True)
         still = [beat for beat in beats.values() if beat.seconds > self.stall_s]
         if self.rank.is_main and len(still) == len(beats) and not any(s > self.stall_s for s in silent.values()):
             behind = min(beat.moves for beat in beats.values())
@@ -155,12 +170,34 @@ class Watch:
                         other, beat, f"has not moved for {beat.seconds:.0f} s, in {beat.doing} of step {beat.step}"
                     )
 
-    def _say(self, other: int, beat: Beat, what: str) -> None:
+    def _say(self, other: int, beat: Beat, what: str, *, ask: bool = False) -> None:
         if (other, beat.moves) in self._reported:
             return
         self._reported.add((other, beat.moves))
         stacks = self.folder / f"rank_{other}.txt"
-        text = f"rank {other} ({beat.host}, process {beat.pid}) {what}; stacks of its threads: {stacks}"
-        self._report(text)
+        why = f": {self._ask(beat)}" if ask else f"; stacks of its threads: {stacks}"
+        self._report(f"rank {other} ({beat.host}, process {beat.pid}) {what}{why}")
         if stacks.is_file():
             print(stacks.read_text(), file=sys.stderr, flush=True)
+
+    def _ask(self, beat: Beat) -> str:
+        """Why a process is silent; where it can be asked for its stacks, it is."""
+        state, born = _process(beat.pid)
+        if beat.host != self._own.host or (born and born != beat.born):  # or of another container
+            return f"its process is stopped, its interpreter is blocked (py-spy dump --pid {beat.pid} shows where), or its host is cut off"
+        if not born:
+            return "its process is gone"
+        if state in "Tt":
+            return "its process is stopped"
+        with contextlib.suppress(OSError):
+            os.kill(beat.pid, _SHOW_STACKS)
+        return "its interpreter is blocked; the stacks of its threads are in what it prints"
+
+
+def _process(pid: int) -> tuple[str, str]:
+    """State and time of birth of a process of this host, as /proc has them; empty where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]

@@ -26,9 +26,9 @@ class Stretch:
         loss: mean over the steps.
         by_task: mean loss of each task.
         rows_per_second: over all ranks.
-        seconds: what a step spends on `data` (waiting for the reader), on `peers` (waiting in the step's first collective until the
-            slowest rank is there) and on the `rest` (computing, and collectives that overlap with it): mean over ranks, the most
-            of any rank, and which rank that is. A rank that is slow has little of `peers`, all others have much.
+        seconds: what a step spends on `data` (waiting for the reader), on `peers` (waiting for the slowest rank, where the step begins
+            and where its loss is known) and on the `rest` (computing, and the exchanges within forward and backward): mean over
+            ranks, the most of any rank, and which rank that is. A rank that is slow has little of `peers`, all others have much.
         memory_mib: the most that a rank has used so far: on its GPU if it has one, else resident.
     """
 

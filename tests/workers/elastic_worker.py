@@ -2,11 +2,12 @@
 
 A job is {"ranks": N, "restarts": N, "folder": DIR, "overrides": [...], "hook": [RANK, METHOD, COUNT, WHAT]}; the
 last has something happen to a rank when it comes to a method of the trainer for the COUNT-th time in its first life: terminate (SIGTERM),
-freeze (SIGSTOP, for some seconds), stand_still or fail. This is what torchrun does, but ranks are forked from a process that
+freeze (SIGSTOP), stand_still or block (for some seconds), fail. This is what torchrun does, but ranks are forked from a process that
 has imported everything, so that a start takes a second. Each rank leaves its process id in DIR/pids/ATTEMPT-RANK, and appends to
 DIR/rows-RANK.txt a line a step that it learns from: the step, then the rows.
 """
 
+import ctypes
 import itertools
 import json
 import os
@@ -53,8 +54,15 @@ def stand_still() -> None:
     time.sleep(9)
 
 
+def block() -> None:
+    ctypes.PyDLL(None).sleep(9)  # unlike time.sleep it keeps all other threads from running
+
+
 def fail() -> None:
     raise RuntimeError("the disk is on fire")
+
+
+WHAT = {f.__name__: f for f in (terminate, freeze, stand_still, block, fail)}
 
 
 def hook(rank: int, name: str, count: int, what: str) -> None:
@@ -64,7 +72,7 @@ def hook(rank: int, name: str, count: int, what: str) -> None:
 
     def called(trainer: Trainer, *rest: object) -> object:
         if next(calls) == count:
-            {"terminate": terminate, "freeze": freeze, "stand_still": stand_still, "fail": fail}[what]()
+            WHAT[what]()
         return method(trainer, *rest)
 
     setattr(Trainer, name, called)
