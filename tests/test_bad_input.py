@@ -311,6 +311,12 @@ def no_rows_at_all(file: Path) -> None:
     pq.write_table(make_table(num_rows=0), file)
 
 
+def no_row_groups(file: Path) -> None:
+    for other in file.parent.iterdir():
+        other.unlink()
+    pq.ParquetWriter(file, make_table().schema).close()
+
+
 def no_files(file: Path) -> None:
     shutil.rmtree(file.parent)
 
@@ -324,6 +330,7 @@ FILES = [
     Case("encrypted", encrypted, BROKEN),
     Case("corrupt pages", scribble, [f"{SPOILT}, row group 0: cannot be decoded", "write it again"]),
     Case("no rows in the split", no_rows_at_all, ["split 'train'", "1 files and no rows", "data.splits.train"]),
+    Case("no row groups in the split", no_row_groups, ["split 'train'", "1 files and no rows", "data.splits.train"]),
     Case("no files in the split", no_files, ["no Parquet files in split 'train'", "set data.path"]),
 ]
 

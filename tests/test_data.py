@@ -1,7 +1,6 @@
 """The order, the completeness and the errors of the reader, with the ranks of one step read one after another."""
 
 import itertools
-import os
 import tempfile
 import threading
 from collections import Counter
@@ -462,61 +461,6 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path: Path):
 
 
 # --- errors ---
-
-
-def truncate(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 20)
-
-
-def scribble(file: Path) -> None:
-    """Damage data pages and leave the footer whole."""
-    content = bytearray(file.read_bytes())
-    content[4:400] = b"\xff" * 396
-    file.write_bytes(content)
-
-
-def not_parquet(file: Path) -> None:
-    file.write_text("row,user\n1,2\n")
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def remove_all(file: Path) -> None:
-    for other in file.parent.iterdir():
-        other.unlink()
-
-
-def no_rows(file: Path) -> None:
-    remove_all(file)
-    pq.write_table(rows_table(0, 0), file)
-
-
-def no_row_groups(file: Path) -> None:
-    remove_all(file)
-    pq.ParquetWriter(file, rows_table(0, 0).schema).close()
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (truncate, ["part-01.parquet: not a readable Parquet file", "write it again or remove it"]),
-        (not_parquet, ["part-01.parquet: not a readable Parquet file", "write it again or remove it"]),
-        (empty, ["part-01.parquet: not a readable Parquet file", "write it again or remove it"]),
-        (scribble, ["part-01.parquet, row group 0: cannot be decoded", "damaged or truncated", "write it again"]),
-        (remove_all, ["no Parquet files in split 'train'", "data.path=", "conf/data/rows.yaml"]),
-        (no_rows, ["split 'train'", "data.path=", "1 files and no rows"]),
-        (no_row_groups, ["split 'train'", "data.path=", "1 files and no rows"]),
-    ],
-)
-def test_unusable_files_are_named(tmp_path: Path, damage: Any, words: list[str]):
-    path = write_layout(tmp_path / "data", [[10], [100, 50], [10]])
-    damage(path / "part-01.parquet")
-    with pytest.raises(DataError) as caught:
-        list(make_reader(path).batches())
-    for word in [str(path), *words]:
-        assert word in str(caught.value)
 
 
 def test_a_folder_that_does_not_exist(tmp_path: Path):
