@@ -177,7 +177,7 @@ class Watch:
         stacks = self.folder / f"rank_{other}.txt"
         why = f": {self._ask(beat)}" if ask else f"; stacks of its threads: {stacks}"
         self._report(f"rank {other} ({beat.host}, process {beat.pid}) {what}{why}")
-        if stacks.is_file():
+        if not ask and stacks.is_file():  # else they are of an earlier time
             print(stacks.read_text(), file=sys.stderr, flush=True)
 
     def _ask(self, beat: Beat) -> str:
