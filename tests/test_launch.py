@@ -637,7 +637,7 @@ class TestContinuousIntegration:
             "ruff check .",
             "ruff format --check .",
             "mypy ",
-            "-m pytest -m slow and not gpu --numprocesses 2 --dist loadfile",
+            "-m pytest -m slow and not gpu --numprocesses 2 --dist loadfile --no-loadscope-reorder",
         ]
 
     @pytest.mark.parametrize("tool", ["ruff", "mypy"])
@@ -646,7 +646,7 @@ class TestContinuousIntegration:
         done = linted.run(".ci/run")
         assert done.returncode == 1
         assert "[ci] FAILED: " in done.stderr
-        assert "-m pytest -m slow and not gpu --numprocesses 2 --dist loadfile" in linted.calls()
+        assert "-m pytest -m slow and not gpu --numprocesses 2 --dist loadfile --no-loadscope-reorder" in linted.calls()
 
     def test_failed_setup_fails_the_run(self, repository):
         (repository.root / "fail").write_text("venv")
