@@ -288,6 +288,7 @@ class Checkpoints:
                 final.rename(_aside(final))
             draft.rename(final)
             _flush(self.folder)
+        self._damaged.pop(final, None)  # if one lay there, it has made way
         self._prune()
 
     def _prune(self) -> None:

@@ -249,6 +249,16 @@ class TestWritten:
             kept.load(path, state)
         assert state["w"].tolist() == [2.0] * 3 and list(kept.all()) == [path]
 
+    def test_what_was_damaged_and_is_written_again_counts(self, tmp_path: Path) -> None:
+        with one_process(), process_group():
+            kept = checkpoints(tmp_path, keep_last=1, keep_best=0)
+            first, second = (written(checkpoints(tmp_path), {"w": torch.ones(3)}, Info(step=n, rows=n)) for n in (1, 2))
+            (data,) = second.glob("*.distcp")
+            data.write_bytes(data.read_bytes()[:-1] + b"?")  # of the same size
+            assert kept.newest() == first and list(kept.damaged()) == [second]
+            written(kept, {"w": torch.ones(3)}, Info(step=2, rows=2))
+            assert kept.newest() == second and list(kept.all()) == [second] and not kept.damaged()
+
 
 def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
