@@ -224,7 +224,7 @@ _MEANINGS = {
         "rotocol not known",
         "Unrecognized filesystem type",
     ),
-    "a package is missing; for s3:// pip install 'shardrank[s3]'": ("ImportError", "ModuleNotFoundError"),
+    "a package is missing; for s3:// pip install s3fs": ("ImportError", "ModuleNotFoundError"),
     "the bucket does not exist; make it, or correct the name": (
         "NO_SUCH_BUCKET",
         "NoSuchBucket",
