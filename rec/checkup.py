@@ -86,7 +86,7 @@ def check_columns(splits: dict[str, Split], data: DataConfig) -> list[Finding]:
     problems: list[str] = []
     try:
         for name, split in splits.items():
-            encoder, schemas_there = Encoder(data, truth=_has_truth(name)), split.schemas()
+            encoder, schemas_there = Encoder(data, truth=_has_truth(name)), split.schemas
             problems += [p for file, schema in schemas_there.items() for p in encoder.check_schema(schema, file)]
             schemas |= schemas_there
     except DataError as error:

@@ -17,6 +17,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,6 +32,8 @@ from rec.features import Batch, DataError, Encoder
 from rec.hashing import mix
 from rec.schema import ConfigError, DataConfig, check_range, nearest
 from rec.storage import Attempts, StoreError, check_bucket, filesystem
+
+_OPEN_AT_ONCE = 16  # files whose footers are read: it is a store that they wait for
 
 
 @dataclass
@@ -91,13 +94,27 @@ class Split:
                 f"no Parquet files in split '{name}' ({data.splits[name]}) of data.path={data.path}; make the data set first "
                 f"(the comment on top of conf/data/{data.name}.yaml says how) or set data.path"
             )
+        self.schemas: dict[str, pa.Schema] = {}  # of each file
         self.row_groups: list[RowGroup] = []
-        for file in self.files:
-            metadata = self._parquet(file).metadata
-            self.row_groups += [
-                RowGroup(file, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)
-            ]
+        for file, schema, sizes in self._footers():
+            self.schemas[file] = schema
+            self.row_groups += [RowGroup(file, i, num_rows) for i, num_rows in enumerate(sizes)]
         self.num_rows = sum(group.num_rows for group in self.row_groups)
+
+    def _footers(self) -> Iterator[tuple[str, pa.Schema, list[int]]]:
+        """Each file with its schema and the rows of its row groups."""
+        pool, one = ThreadPoolExecutor(_OPEN_AT_ONCE, thread_name_prefix="footers"), pa.schema([])
+        try:
+            for file, (schema, sizes) in zip(self.files, pool.map(self._footer, self.files), strict=True):
+                one = one if schema.equals(one) else schema  # thousands of files share it
+                yield file, one, sizes
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _footer(self, file: str) -> tuple[pa.Schema, list[int]]:
+        opened = self._parquet(file)
+        metadata = opened.metadata
+        return opened.schema_arrow, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
     def _list(self, root: str, data: DataConfig) -> list[str]:
         where = f"split '{self.name}' of data.path={data.path}"
@@ -106,15 +123,9 @@ class Split:
         except (StoreError, pa.ArrowException, OSError) as error:
             raise DataError(f"{where}: cannot be listed: {error}") from error
 
-    def schemas(self) -> dict[str, pa.Schema]:
-        """The schema of each file."""
-        return {file: self._parquet(file).schema_arrow for file in self.files}
-
     def check_schema(self, encoder: Encoder) -> None:
         """Raise one `DataError` that lists everything wrong with the columns of any file."""
-        findings = encoder.check_schemas(self.schemas())
-        if findings:
-            raise DataError("the files do not fit the configuration:\n  " + "\n  ".join(findings))
+        _refuse(encoder.check_schemas(self.schemas))
 
     def read(self, group: RowGroup, columns: list[str]) -> pa.Table:
         """Decode `columns` of one row group."""
@@ -143,6 +154,11 @@ class Split:
 
 
 _STORE_REMEDY = "look at the store and the file there, or set reader.retries higher"
+
+
+def _refuse(findings: list[str]) -> None:
+    if findings:
+        raise DataError("the files do not fit the configuration:\n  " + "\n  ".join(findings))
 
 
 def _open(path: str) -> tuple[fs.FileSystem, str]:
@@ -235,6 +251,10 @@ class Reader:
         in_order = training and not config.shuffle
         self.steps_per_block = 1 if in_order else max(1, round(config.shuffle_rows / size))
         self._decoded = lru_cache(maxsize=2)(self._decode)
+
+    def check_like(self, other: "Reader") -> None:
+        """Raise `DataError` if ids are integers in this split and texts in another: the network would not know them again."""
+        _refuse(self.encoder.check_drift(self.split.schemas | other.split.schemas))
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Batches of steps `start` to `stop`, counted over epochs from 0; by default to the end of `start`'s epoch."""

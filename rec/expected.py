@@ -1,6 +1,6 @@
 """What the configuration expects of files, told from their schemas, before any row is decoded."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,20 +18,21 @@ class Expectation:
         column: its name in the files.
         reader: what of the configuration reads it, in words.
         refuse: a type -> what the column should be instead, or None if the type will do.
-        is_key: its values are told apart, not counted with, so that 1 and "1" are two things.
+        ids: what its values are ids of, or None: ids are told apart, not counted with, so 1 and "1" are two.
     """
 
     column: str
     reader: str
     refuse: Callable[[pa.DataType], str | None]
-    is_key: bool = False
+    ids: str | None = None
 
 
 def expectations(data: DataConfig, *, truth: bool, labels: bool) -> Iterator[Expectation]:
     """The columns that are read, one an entry of the configuration, so that a column may come twice."""
     for name, feature in data.features.items():
         refuse = partial(expected_of_feature, feature)
-        yield Expectation(data.column_of(name), f"feature '{name}'", refuse, is_key=name in data.sparse_features)
+        ids = f"table '{data.table_of(name)}'" if name in data.sparse_features else None
+        yield Expectation(data.column_of(name), f"feature '{name}'", refuse, ids)
     for name, task in data.tasks.items() if labels else ():
         for column in (task.label, task.weight, *(task.truth_columns if truth else [])):
             if column:
@@ -39,9 +40,9 @@ def expectations(data: DataConfig, *, truth: bool, labels: bool) -> Iterator[Exp
     if data.weight and labels:
         yield Expectation(data.weight, "data.weight", expected_number)
     if data.domain:
-        yield Expectation(data.domain.column, "data.domain", expected_key, is_key=True)
+        yield Expectation(data.domain.column, "data.domain", expected_key, "data.domain")
     if data.group:
-        yield Expectation(data.group, "data.group", expected_key, is_key=True)
+        yield Expectation(data.group, "data.group", expected_key, "data.group")
 
 
 def expected_of_feature(feature: FeatureConfig, kind: pa.DataType) -> str | None:
@@ -86,26 +87,38 @@ def check_schema(schema: pa.Schema, expected: list[Expectation], where: str) -> 
 
 
 def check_drift(schemas: Mapping[str, pa.Schema], expected: list[Expectation]) -> list[str]:
-    """Keys that are integers in some files and texts in others: 1 and "1" would silently be two ids.
+    """Ids that are integers in some columns or files and texts in others: 1 and "1" would silently be two ids.
 
     Args:
         schemas: file -> its schema.
         expected: the columns that are read.
     """
-    findings = []
-    for column in dict.fromkeys(e.column for e in expected if e.is_key):
-        kinds = {file: _key_type(schema, column) for file, schema in schemas.items()}
-        first: dict[bool, str] = {}  # of texts, or of integers
-        for file, kind in kinds.items():
-            if kind is not None:
-                first.setdefault(is_any(kind, TEXTS), file)
-        if len(first) > 1:
-            one, other = first.values()
+    findings, drifting = [], set()
+    for column in dict.fromkeys(e.column for e in expected if e.ids):
+        if pair := _unlike((file, column, schema) for file, schema in schemas.items()):
+            drifting.add(column)
+            findings.append(f"{pair}: the same id would be another; write all files with one type")
+    for ids in dict.fromkeys(e.ids for e in expected if e.ids):
+        columns = dict.fromkeys(e.column for e in expected if e.ids == ids and e.column not in drifting)
+        if pair := _unlike((file, column, schema) for column in columns for file, schema in schemas.items()):
             findings.append(
-                f"{other}: column '{column}' holds {kinds[other]}, but {one} {kinds[one]}: the same id would be another; "
-                "write all files with one type"
+                f"{pair}, and both are ids of {ids}: the same id would be another; write them with one type, or give each a table"
             )
     return findings
+
+
+def _unlike(places: Iterable[tuple[str, str, pa.Schema]]) -> str | None:
+    """Two of the files and columns, the first whose ids are integers and the first whose ids are texts, in words; None without both."""
+    first: dict[bool, tuple[str, str, pa.DataType]] = {}
+    for file, column, schema in places:
+        kind = _id_type(schema, column)
+        if kind is not None:
+            first.setdefault(is_any(kind, TEXTS), (file, column, kind))
+    if len(first) < 2:
+        return None
+    (file, column, kind), (other_file, other, other_kind) = first.values()
+    where = file if column == other else f"{file}: column '{column}'"
+    return f"{other_file}: column '{other}' holds {other_kind}, but {where} {kind}"
 
 
 def _type_of(schema: pa.Schema, column: str) -> pa.DataType:
@@ -114,7 +127,7 @@ def _type_of(schema: pa.Schema, column: str) -> pa.DataType:
     return pa.null() if index < 0 else plain_type(schema.field(index).type)
 
 
-def _key_type(schema: pa.Schema, column: str) -> pa.DataType | None:
+def _id_type(schema: pa.Schema, column: str) -> pa.DataType | None:
     """Type of a column's ids, those in lists too; None where they have none."""
     kind = _type_of(schema, column)
     kind = plain_type(kind.value_type) if is_any(kind, LISTS) else kind

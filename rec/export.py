@@ -252,7 +252,7 @@ def export_run(command: Command, config: Config, rank: Rank) -> None:
         sides = sides_of(served, data)
         for name, side in zip(SIDES, sides, strict=False):
             torch.export.save(side_program(side, item_width=item_width(config.model)), draft / name)
-        types = next(iter(reader.split.schemas().values()))
+        types = next(iter(reader.split.schemas.values()))
         said = describe(config, types=types, info=Info.read(path), path=path, calibrators=served.calibrators)
         rows = collect_rows(config, rank, path, reader, wanted=wanted)
         if sides:

@@ -268,6 +268,7 @@ class DataConfig:
                 raise ConfigError(
                     f"data.features.{name} is {feature.kind.name}: table, hashed and dropout belong to id, bag and sequence"
                 )
+        self._check_hashing()
         self._choose_tasks()
         self._check_tasks()
         self._check_funnel()
@@ -289,6 +290,18 @@ class DataConfig:
         kept = {self.table_of(name) for name in self.sparse_features}
         self.tables = {name: table for name, table in self.tables.items() if name in kept or name not in dropped}
         self.leave_out = []  # done: the configuration of a run describes what is left
+
+    def _check_hashing(self) -> None:
+        """Refuse features of one table of which some hash their ids: an id would have two rows."""
+        first: dict[tuple[str, bool], str] = {}
+        for name, feature in self.sparse_features.items():
+            table = self.table_of(name)
+            first.setdefault((table, feature.hashed), name)
+            if other := first.get((table, not feature.hashed)):
+                raise ConfigError(
+                    f"data.features.{name}.hashed is {feature.hashed} and data.features.{other}.hashed {not feature.hashed}, but both "
+                    f"read table '{table}', where an id would have two rows: set both alike, or give each a table"
+                )
 
     def _choose_tasks(self) -> None:
         """Leave only the tasks in `learn`."""

@@ -47,6 +47,8 @@ def build(config: Config, rank: Rank, log: RunLog) -> Trainer:
     eval_reader = (
         Reader(data, config.reader, split=eval_split, training=False, truth=True, **ranks) if eval_split else None
     )
+    if eval_reader:
+        reader.check_like(eval_reader)
     weighting = build_weighting(config.weighting, data.tasks).to(rank.device)
     model, optimizers = build_model(config, rank, reader.local_batch_size, weighting=weighting)
     metrics = MultitaskMetrics(data.tasks, domains=data.domains, config=config.metrics, grouped=data.group is not None)

@@ -463,6 +463,22 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path: Path):
 # --- errors ---
 
 
+def test_ids_that_another_split_has_as_texts(tmp_path: Path):
+    def rows_of(split: str, values: pa.Array) -> Reader:
+        (tmp_path / split).mkdir()
+        table = rows_table(0, 10).set_column(1, "user", values)
+        pq.write_table(table, tmp_path / split / "part.parquet")
+        user = FeatureConfig(kind=FeatureKind.id, hashed=True)
+        return make_reader(
+            rows_config(tmp_path / split, features={"user": user}, tables={"user": TableConfig(num_embeddings=50)})
+        )
+
+    one, other = rows_of("train", pa.array(range(10), pa.int64())), rows_of("valid", pa.array(["x"] * 10))
+    one.check_like(one)
+    with pytest.raises(DataError, match="valid/part.parquet: column 'user' holds string, but .*int64: the same id"):
+        one.check_like(other)
+
+
 def test_a_folder_that_does_not_exist(tmp_path: Path):
     for path in (tmp_path / "nowhere", (tmp_path / "nowhere").as_uri()):
         with pytest.raises(DataError, match="no Parquet files in split 'train'.*nowhere; make the data set first"):

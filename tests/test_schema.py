@@ -82,6 +82,16 @@ def test_a_range_holds_its_ends_and_none():
             ["data.features.price is dense", "table, hashed and dropout belong to id, bag and sequence"],
         ),
         (lambda: a_data_set(features={"text": a_feature("vector", hashed=True)}), ["data.features.text is vector"]),
+        (
+            lambda: a_data_set(
+                features={"listing": a_feature("id", hashed=True), "recent": a_feature("sequence", table="listing")}
+            ),
+            [
+                "data.features.recent.hashed is False and data.features.listing.hashed True",
+                "both read table 'listing'",
+                "alike",
+            ],
+        ),
         (lambda: a_data_set(features={"price": a_feature("dense", dropout=0.1)}), ["data.features.price is dense"]),
         (
             lambda: a_data_set(tables={n: TableConfig(num_embeddings=1) for n in ("listing", "shop", "query")}),

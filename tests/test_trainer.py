@@ -1,14 +1,17 @@
 import math
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rec.config import compose
 from rec.data import Reader
+from rec.features import DataError
 from rec.metrics import EvalResult
 from rec.schema import ConfigError, TaskConfig, TaskKind
 from rec.trainer import TrainerConfig
-from tests.conftest import CONF, toy_overrides
+from tests.conftest import CONF, toy_overrides, write_toy
 from tests.test_checkpoint import train
 from tests.test_train import events
 
@@ -68,3 +71,17 @@ def test_a_task_without_positives_and_steps_without_rows_that_count_do_no_harm(
     (result,) = events(tmp_path / "run", "eval")
     assert result["metrics"]["purchase"]["auc"] is None and result["metrics"]["purchase"]["positives"] == 0
     assert result["metrics"]["click"]["auc"] is not None
+
+
+def test_ids_that_are_texts_in_training_and_numbers_in_evaluation_end_it_before_the_first_step(tmp_path: Path) -> None:
+    toy = write_toy(tmp_path / "toy", [120])
+    (file,) = (toy / "valid").iterdir()
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(table.column_names.index("query"), "query", pa.array(range(120))), file)
+    run_dir = tmp_path / "run"
+    with pytest.raises(
+        DataError, match="valid/part-0.parquet: column 'query' holds int64, but .*train.* string: the same"
+    ):
+        train(compose(toy_overrides(toy, f"run_dir={run_dir}"), config_dir=str(CONF)))
+    assert not (run_dir / "checkpoints").exists()
+    train(compose(toy_overrides(toy, f"run_dir={run_dir}", "trainer.eval_split=null"), config_dir=str(CONF)))
