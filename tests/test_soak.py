@@ -1,8 +1,8 @@
 """A long run on a tiny model: memory of every rank stays flat, checkpoints and evaluations included.
 
-REC_SOAK_S is how long, in seconds; 2 minutes by default, after a while in which buffers grow to their size. An evaluation's rows are made in
-a thread of its own; glibc gives each new thread one of many arenas by chance, and every arena keeps what was freed in it, so that
-resident memory would go up in steps for as long as there are arenas without any. With a single one it is flat, or something leaks.
+REC_SOAK_S is how long, in seconds; 2 minutes by default, after a while in which buffers grow to their size. An evaluation's rows are
+made in a thread of its own; glibc gives each new thread one of many arenas by chance, and every arena keeps what was freed in it, so
+that resident memory would go up in steps for as long as there are arenas without any. With one it is flat, or something leaks.
 """
 
 import os
