@@ -328,10 +328,26 @@ FILES = [
     Case("no Parquet", lambda file: file.write_text("user,price\n1,2\n"), BROKEN),
     Case("damaged footer", scribble_footer, [SPOILT]),
     Case("encrypted", encrypted, BROKEN),
-    Case("corrupt pages", scribble, [f"{SPOILT}, row group 0: cannot be decoded", "write it again"]),
-    Case("no rows in the split", no_rows_at_all, ["split 'train'", "1 files and no rows", "data.splits.train"]),
-    Case("no row groups in the split", no_row_groups, ["split 'train'", "1 files and no rows", "data.splits.train"]),
-    Case("no files in the split", no_files, ["no Parquet files in split 'train'", "set data.path"]),
+    Case(
+        "corrupt pages",
+        scribble,
+        [f"{SPOILT}, row group 0: cannot be decoded", "damaged or truncated", "write it again"],
+    ),
+    Case(
+        "no rows in the split",
+        no_rows_at_all,
+        ["split 'train'", "data.path=", "1 files and no rows", "data.splits.train"],
+    ),
+    Case(
+        "no row groups in the split",
+        no_row_groups,
+        ["split 'train'", "data.path=", "1 files and no rows", "data.splits.train"],
+    ),
+    Case(
+        "no files in the split",
+        no_files,
+        ["no Parquet files in split 'train'", "data.path=", "conf/data/bad.yaml", "set data.path"],
+    ),
 ]
 
 
